@@ -1,0 +1,29 @@
+# make demo | test | lint | bench | train: each does its own set-up, in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint bench train
+
+demo: $(VENV)/ready
+	$(RUN) -m guidance_interval demo --out out/demo
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/ready
+	$(RUN) benchmarks/overhead.py
+
+# On a GPU if there is one; ARGS="--device cpu --steps 3000" and the like are handed on.
+train: $(VENV)/ready
+	$(RUN) -m guidance_interval.lab.train $(ARGS)
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --upgrade pip
+	$(RUN) -m pip install -e '.[lab,dev]'
+	touch $@

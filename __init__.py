@@ -1,0 +1,18 @@
+"""Guidance in a limited interval for k-diffusion, ComfyUI, A1111 and Forge.
+
+The repository root is this package and, at once, a ComfyUI custom node folder and an A1111 extension.
+"""
+
+from .presets import PRESETS, Preset, get_preset
+from .sampler_patch import CFGDenoiser, GuidanceInterval, evaluation_sigmas
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "CFGDenoiser",
+    "GuidanceInterval",
+    "Preset",
+    "__version__",
+    "evaluation_sigmas",
+    "get_preset",
+]

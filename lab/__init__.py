@@ -1,0 +1,1 @@
+"""Evidence: the model that ships, its training, the metrics and the demo. Needs the extra ``[lab]``."""
