@@ -180,3 +180,36 @@ def interval_to_steps(interval, sigmas):
     """`(first, last)`: the steps of a decreasing schedule that an interval guides, or None when it guides none."""
     guided = interval.mask(torch.as_tensor(sigmas)[:-1]).nonzero()[:, 0].tolist()
     return (guided[0], guided[-1]) if guided else None
+
+
+# ----------------------------------------------------------------------------
+# Schedules, to show what an interval means before anything is sampled.
+
+
+def _karras(ramp, sigma_min, sigma_max, rho=7.0):
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def _exponential(ramp, sigma_min, sigma_max):
+    return torch.exp(math.log(sigma_max) + ramp * (math.log(sigma_min) - math.log(sigma_max)))
+
+
+def _flow(ramp, sigma_min, sigma_max):
+    t_min, t_max = sigma_to_flow_time(sigma_min), sigma_to_flow_time(sigma_max)
+    return flow_time_to_sigma(t_max + ramp * (t_min - t_max))
+
+
+# Karras et al. (2022), eq. 5; even in log sigma; even in the time of flow matching.
+SCHEDULES = {"karras": _karras, "exponential": _exponential, "flow": _flow}
+
+
+def schedule(name, steps, sigma_min, sigma_max):
+    """A decreasing schedule, float64 [steps + 1]: `steps` noise levels from sigma_max to sigma_min, and 0."""
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; there are {', '.join(sorted(SCHEDULES))}")
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps!r}")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min={sigma_min!r}, sigma_max={sigma_max!r}")
+    sigmas = SCHEDULES[name](torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min, sigma_max)
+    return torch.cat([sigmas, sigmas.new_zeros(1)])

@@ -6,7 +6,6 @@ One safetensors file holds the denoiser (fp16), the classifier and the reference
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .data import NUM_CLASSES, SIGMA_DATA
+from .files import atomic_path
 
 SHIPPED = Path(__file__).parent / "digits.safetensors"
 FORMAT = "guidance-interval-lab/1"
@@ -183,7 +183,7 @@ class Lab:
 
 
 def save(path, denoiser, classifier, reference, config, record):
-    """Write a model file: to a temporary name, then moved into place."""
+    """Write a model file, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {f"denoiser.{k}": v.half() for k, v in denoiser.inner_model.state_dict().items()}
@@ -191,12 +191,8 @@ def save(path, denoiser, classifier, reference, config, record):
     tensors |= {f"reference.{k}": v for k, v in reference.items()}
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     metadata = {"format": FORMAT, "config": json.dumps(config), "record": json.dumps(record)}
-    tmp = f"{path}.{os.getpid()}.tmp"
-    try:
+    with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata)
-        os.replace(tmp, path)
-    finally:
-        Path(tmp).unlink(missing_ok=True)
 
 
 def load(path=SHIPPED, device="cpu"):

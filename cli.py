@@ -1,0 +1,133 @@
+"""The command `guidance-interval`: `demo` and `info`."""
+
+import argparse
+import math
+import sys
+
+import torch
+
+from . import __version__, noise_level
+from .presets import PRESETS
+from .sampler_patch import GuidanceInterval
+
+
+def main(argv=None):
+    """Run the command; return its exit code: 0, or 2 after an error told in one line on stderr."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as e:
+        print(f"guidance-interval: error: {e}", file=sys.stderr)
+        return 2
+    except ImportError as e:
+        print(f"guidance-interval: error: {e}; install it with: pip install 'guidance-interval[lab]'", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="guidance-interval", description=__doc__.split(": ")[0])
+    p.add_argument("--version", action="version", version=__version__)
+    commands = p.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo",
+        help="sample the model that ships without guidance, with CFG and with an interval, and compare",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--out", default="out/demo", help="folder for the pictures and report.json")
+    demo.add_argument("--samples", type=count(20), default=1000, help="images per setting")
+    demo.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
+    demo.add_argument("--steps", type=count(2), default=18, help="sampling steps")
+    demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers")
+    demo.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    demo.add_argument("--weight", type=float, default=3.0, help="guidance weight in the interval")
+    demo.add_argument("--sigma-lo", type=float, default=0.1, help="guidance begins above this noise level")
+    demo.add_argument("--sigma-hi", type=float, default=2.5, help="guidance ends at this noise level (inf: open)")
+    demo.set_defaults(run=run_demo)
+
+    info = commands.add_parser(
+        "info",
+        help="the published intervals, and which steps of a schedule each would guide",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    info.add_argument("--steps", type=count(2), default=20, help="sampling steps")
+    info.add_argument(
+        "--scheduler", choices=sorted(noise_level.SCHEDULES), default="karras", help="the schedule's form"
+    )
+    info.add_argument("--sigma-min", type=float, default=0.0292, help="the schedule's last noise level above 0")
+    info.add_argument("--sigma-max", type=float, default=14.6146, help="the schedule's first noise level")
+    info.add_argument("--sigma-lo", type=float, help="an interval of your own, with --sigma-hi")
+    info.add_argument("--sigma-hi", type=float, help="an interval of your own, with --sigma-lo")
+    info.set_defaults(run=run_info)
+    return p
+
+
+def count(at_least):
+    """An argparse type: a whole number, not below a bound."""
+
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = -math.inf
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
+        return value
+
+    return parse
+
+
+def device(text):
+    """An argparse type: a torch device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as e:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({str(e).splitlines()[0]}); try cpu") from e
+    return text
+
+
+# ----------------------------------------------------------------------------
+# Commands.
+
+
+def run_demo(args):
+    from .lab import demo
+
+    demo.run(
+        out=args.out,
+        samples=args.samples,
+        sampler=args.sampler,
+        steps=args.steps,
+        seed=args.seed,
+        device=args.device,
+        weight=args.weight,
+        sigma_lo=args.sigma_lo,
+        sigma_hi=args.sigma_hi,
+    )
+
+
+def run_info(args):
+    sigmas = noise_level.schedule(args.scheduler, args.steps, args.sigma_min, args.sigma_max)
+    intervals = [(p.name, p.interval(), p) for p in PRESETS.values()]
+    if (args.sigma_lo, args.sigma_hi) != (None, None):
+        lo = 0.0 if args.sigma_lo is None else args.sigma_lo
+        hi = math.inf if args.sigma_hi is None else args.sigma_hi
+        intervals = [("yours", GuidanceInterval(lo, hi), None)]
+    print(f"{args.scheduler} schedule, {args.steps} steps, sigma {sigmas[0]:.4g} to {sigmas[-2]:.4g}")
+    print("(noise levels for data of unit scale; g = guided, . = cond alone)\n")
+    for name, interval, preset in intervals:
+        guided = interval.mask(sigmas[:-1])
+        rows = args.steps + int(guided.sum())
+        print(f"{name}: sigma in {interval}")
+        if preset is not None:
+            published = GuidanceInterval(preset.sigma_lo, preset.sigma_hi)
+            print(f"  {preset.model}; published as {published} for data of scale {preset.sigma_data:g}")
+            weight = "your usual one" if preset.weight is None else f"{preset.weight:g}"
+            everywhere = "" if preset.weight is None else f" ({preset.weight_everywhere:g} without the interval)"
+            print(f"  weight {weight}{everywhere}; chosen by {preset.metric}\n  {preset.source}")
+        span = noise_level.interval_to_steps(interval, sigmas)
+        print("  [" + "".join("g" if g else "." for g in guided.tolist()) + "]", end="  ")
+        which = "no step is guided" if span is None else f"steps {span[0]} to {span[1]} are guided"
+        saved = 1 - rows / (2 * args.steps)
+        print(f"{which}: {rows} rows per image instead of {2 * args.steps}, {saved:.0%} saved\n")

@@ -1,0 +1,30 @@
+"""Files appear whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Give a temporary name beside `path`; move it into place at the end, or remove it after an error."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def output_folder(path):
+    """Make the folder `path` and return it; raises OSError, naming the path, when it cannot be written to."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise OSError(f"output folder {str(path)!r} cannot be written to ({e.strerror}); choose another one") from e
+    return path
