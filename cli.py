@@ -36,12 +36,12 @@ def parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", default="out/demo", help="folder for the pictures and report.json")
-    demo.add_argument("--samples", type=count(20), default=1000, help="images per setting")
+    demo.add_argument("--samples", type=count(20), default=1500, help="images per setting")
     demo.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
-    demo.add_argument("--steps", type=count(2), default=18, help="sampling steps")
+    demo.add_argument("--steps", type=count(2), default=16, help="sampling steps")
     demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers")
     demo.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    demo.add_argument("--weight", type=float, default=3.0, help="guidance weight in the interval")
+    demo.add_argument("--weight", type=float, default=4.0, help="guidance weight in the interval")
     demo.add_argument("--sigma-lo", type=float, default=0.1, help="guidance begins above this noise level")
     demo.add_argument("--sigma-hi", type=float, default=2.5, help="guidance ends at this noise level (inf: open)")
     demo.set_defaults(run=run_demo)
@@ -125,7 +125,8 @@ def run_info(args):
             print(f"  {preset.model}; published as {published} for data of scale {preset.sigma_data:g}")
             weight = "your usual one" if preset.weight is None else f"{preset.weight:g}"
             everywhere = "" if preset.weight is None else f" ({preset.weight_everywhere:g} without the interval)"
-            print(f"  weight {weight}{everywhere}; chosen by {preset.metric}\n  {preset.source}")
+            chosen = "" if preset.metric is None else f"; chosen by {preset.metric}"
+            print(f"  weight {weight}{everywhere}{chosen}\n  {preset.source}")
         span = noise_level.interval_to_steps(interval, sigmas)
         print("  [" + "".join("g" if g else "." for g in guided.tolist()) + "]", end="  ")
         which = "no step is guided" if span is None else f"steps {span[0]} to {span[1]} are guided"

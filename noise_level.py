@@ -25,13 +25,17 @@ import torch
 from .sampler_patch import GuidanceInterval
 
 
+def _float64(value):
+    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+
+
 def _conversion(low, high):
     """Decorator: number or tensor in [low, high] -> float64 in, the same kind out."""
 
     def decorate(fn):
         @functools.wraps(fn)
         def convert(value, *args, **kwargs):
-            x = torch.as_tensor(value).detach().to("cpu", torch.float64)
+            x = _float64(value)
             if not bool(((x >= low) & (x <= high)).all()):  # NaN fails too.
                 raise ValueError(f"{fn.__name__}: {value!r} is out of range; it must lie in [{low:g}, {high:g}]")
             y = fn(x, *args, **kwargs)
@@ -150,7 +154,7 @@ def _sigma_to_percent(sigma, log_sigmas):
 
 
 def _log_sigmas(model_sigmas):
-    sigmas = torch.as_tensor(model_sigmas).detach().to("cpu", torch.float64)
+    sigmas = _float64(model_sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[1:] > sigmas[:-1]).all()) or not sigmas[0] > 0:
         raise ValueError(f"model_sigmas must be 1-D, positive and increasing, got shape {list(sigmas.shape)}")
     return sigmas.log()
@@ -162,7 +166,7 @@ def steps_to_interval(sigmas, first, last):
     This is the authors' form (generate_zip.py: "[17, 22]"); negative indices count from the end. The bounds
     are (sigmas[last + 1], sigmas[first]].
     """
-    levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64).tolist()
+    levels = _float64(sigmas).tolist()
     steps = len(levels) - 1
     if steps < 1 or any(a <= b for a, b in itertools.pairwise(levels)):
         raise ValueError("sigmas must be a decreasing schedule of at least one step (two noise levels)")

@@ -16,7 +16,7 @@ class Preset:
     sigma_lo, sigma_hi: as published, for data of standard deviation `sigma_data`.
     weight: the guidance weight (cfg) found best with the interval, or None where the source names none.
     weight_everywhere: the best weight without an interval, likewise.
-    metric: what it was chosen by. source: where it is published.
+    metric: what it was chosen by, if the source says. source: where it is published.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Preset:
     sigma_data: float
     weight: float | None
     weight_everywhere: float | None
-    metric: str
+    metric: str | None
     source: str
 
     def interval(self, sigma_data=1.0):
@@ -35,24 +35,19 @@ class Preset:
         return GuidanceInterval(*bounds)
 
 
-def _edm_sigma(step, num_steps=32, sigma_min=0.002, sigma_max=80.0, rho=7):
-    """Noise level of a step in the authors' schedule (Karras et al. 2022, eq. 5)."""
-    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return (ends[0] + step / (num_steps - 1) * (ends[1] - ends[0])) ** rho
-
-
-def _edm2(name, first, last, weight, weight_everywhere, metric):
-    # The authors give the first and last guided step; the half-open interval ends at the step after.
+def _edm2(name, steps, sigma_lo, sigma_hi, weight, weight_everywhere, metric):
+    # The authors name the first and the last guided step of 32 from 80 to 0.002; the bounds, in this form and
+    # rounded to two digits, guide those same steps.
     return Preset(
         name=name,
         model="EDM2-XXL, ImageNet-512",
-        sigma_lo=_edm_sigma(last + 1),
-        sigma_hi=_edm_sigma(first),
+        sigma_lo=sigma_lo,
+        sigma_hi=sigma_hi,
         sigma_data=0.5,
         weight=weight,
         weight_everywhere=weight_everywhere,
         metric=metric,
-        source=f"{PAPER}; {REPO} generate_zip.py: steps [{first}, {last}] of 32",
+        source=f"{PAPER}; {REPO} generate_zip.py: steps {steps} of 32",
     )
 
 
@@ -67,12 +62,12 @@ PRESETS = {
             sigma_data=1.0,
             weight=None,
             weight_everywhere=None,
-            metric="by eye",
+            metric=None,
             source=f"{PAPER}, Stable Diffusion XL results",
         ),
-        #                             steps     weight, without       chosen by
-        _edm2("edm2-xxl-fid",         17, 22,   2.0, 1.2,             "FID 1.40 (1.81 without the interval)"),
-        _edm2("edm2-xxl-fd-dinov2",   13, 19,   2.9, 1.7,             "FD_DINOv2"),
+        #                           steps       interval     weight, without   chosen by
+        _edm2("edm2-xxl-fid",       "[17, 22]", 0.19, 1.61,  2.0, 1.2,         "FID: 1.40, without the interval 1.81"),
+        _edm2("edm2-xxl-fd-dinov2", "[13, 19]", 0.60, 5.00,  2.9, 1.7,         "FD_DINOv2"),
     )
 }  # fmt: skip
 

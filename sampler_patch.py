@@ -133,19 +133,16 @@ class CFGDenoiser(nn.Module):
             raise ValueError(f"sigma must have shape [{batch}], one per row of x, got {list(sigma.shape)}")
         guided = self._guided_rows(sigma)
         num_guided = batch if guided is None else len(guided)
-        if cond_scale == 1:
+        if num_guided == 0 or cond_scale == 1:
             num_guided = 0
+            denoised = self.inner_model(x, sigma, **cond)
+        else:
+            x_in, sigma_in = _join(x, x, guided), _join(sigma, sigma, guided)
+            denoised = self.inner_model(x_in, sigma_in, **_join_kwargs(cond, uncond, guided, batch))
+            denoised = _guide(denoised[:batch], denoised[batch:], guided, cond_scale)
         self.rows += batch + num_guided
         self.evaluations += 1
-        if num_guided == 0:
-            return self.inner_model(x, sigma, **cond)
-        x_in, sigma_in = _join(x, x, guided), _join(sigma, sigma, guided)
-        denoised = self.inner_model(x_in, sigma_in, **_join_kwargs(cond, uncond, guided, batch))
-        denoised_cond, denoised_uncond = denoised[:batch], denoised[batch:]
-        if guided is None:
-            return denoised_uncond + (denoised_cond - denoised_uncond) * cond_scale
-        mixed = denoised_uncond + (denoised_cond[guided] - denoised_uncond) * cond_scale
-        return denoised_cond.index_copy(0, guided, mixed)
+        return denoised
 
     def _guided_rows(self, sigma):
         """Index of the guided rows, or None when all are."""
@@ -210,6 +207,13 @@ def evaluation_sigmas(sampler, *args, **kwargs):
 def _join(cond, uncond, guided):
     """cond [B, ...] above the guided rows of uncond [B, ...]: [B + guided, ...]; guided None takes all."""
     return torch.cat([cond, uncond if guided is None else uncond[guided]])
+
+
+def _guide(cond, uncond, guided, cond_scale):
+    """The guided rows of cond [B, ...] moved away from uncond [guided, ...] (Ho & Salimans 2022, eq. 6)."""
+    if guided is None:
+        return uncond + (cond - uncond) * cond_scale
+    return cond.index_copy(0, guided, uncond + (cond[guided] - uncond) * cond_scale)
 
 
 def _join_kwargs(cond, uncond, guided, batch, name=""):

@@ -81,11 +81,11 @@ def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
 def bracket(measure, limited, extend):
     """CFG everywhere at weights whose accuracies enclose that of the interval, as `measure` gave them, by weight.
 
-    The excess weight, w - 1, starts at a quarter of the interval's and is doubled or halved until the
+    The excess weight, w - 1, starts at a sixth of the interval's and is doubled or halved until the
     accuracies enclose the target. extend() is called before each run after the second.
     """
     setting, _, scores = limited
-    excess, runs = (setting.weight - 1) / 4, {}
+    excess, runs = (setting.weight - 1) / 6, {}
     while excess not in runs and len(runs) < MAX_CFG_RUNS:
         if len(runs) >= 2:
             extend()
@@ -106,9 +106,10 @@ def findings(cfg, limited, ablations):
         f"rows are {change(drawn.rows, rival[1].rows)}."
     ]
     for part, (_, part_drawn, part_scores) in ablations:
+        points = 100 * (part_scores.accuracy - scores.accuracy)
         lines.append(
             f"Guidance in the {part} part as well: the distance is {change(part_scores.fd, scores.fd)}, accuracy "
-            f"{100 * (part_scores.accuracy - scores.accuracy):+.1f} points, rows are {change(part_drawn.rows, drawn.rows)}."
+            f"{points:+.1f} points, rows are {change(part_drawn.rows, drawn.rows)}."
         )
     return lines
 
@@ -120,11 +121,11 @@ def change(value, base):
 
 def table(runs):
     """The runs as a Markdown table, which reads well in a terminal too."""
-    head = ("setting", "Fréchet distance [95 %]", "accuracy", "variety", "rows", "seconds")
+    head = ("setting", "Fréchet distance × 1000 [95 %]", "accuracy", "variety", "rows", "seconds")
     body = [
         (
             setting.name,
-            f"{s.fd:.2f} [{s.fd_low:.2f}, {s.fd_high:.2f}]",
+            f"{1000 * s.fd:.2f} [{1000 * s.fd_low:.2f}, {1000 * s.fd_high:.2f}]",
             f"{s.accuracy:.1%}",
             f"{s.variety:.3f}",
             f"{drawn.rows:.1f}",

@@ -136,30 +136,34 @@ class Denoiser(nn.Module):
 class Classifier(nn.Module):
     """Small convolutional classifier; `forward(x)` returns features [B, 64] and logits [B, 10].
 
-    The features are linear in the last 4x4 map, before the head's nonlinearity: pooled or later ones keep
-    the class and forget stroke and slant, the very variety that guidance takes away.
+    The features are spatial means of the middle map, as FID's are of an Inception layer. Later ones keep the
+    class and forget stroke and slant, the very variety that guidance takes away.
     """
 
-    def __init__(self, channels=(32, 64, 64), features=64, num_classes=NUM_CLASSES, dropout=0.3):
+    def __init__(self, channels=(32, 64, 64), hidden=64, num_classes=NUM_CLASSES, dropout=0.3):
         super().__init__()
         c1, c2, c3 = channels
-        self.trunk = nn.Sequential(
+        self.lower = nn.Sequential(
             nn.Conv2d(1, c1, 5, padding=2, stride=2),
             nn.SiLU(),
             nn.Conv2d(c1, c2, 3, padding=1, stride=2),
             nn.GroupNorm(8, c2),
             nn.SiLU(),
+        )
+        self.upper = nn.Sequential(
             nn.Conv2d(c2, c3, 3, padding=1, stride=2),
             nn.GroupNorm(8, c3),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(c3 * 16, features),
+            nn.Linear(c3 * 16, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
         )
-        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(dropout), nn.Linear(features, num_classes))
 
     def forward(self, x):
-        features = self.trunk(x)
-        return features, self.head(features)
+        middle = self.lower(x)  # [B, 64, 7, 7]
+        return middle.mean((2, 3)), self.upper(middle)
 
 
 # ----------------------------------------------------------------------------

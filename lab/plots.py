@@ -4,11 +4,11 @@ import matplotlib
 
 matplotlib.use("Agg")  # No window, no display needed.
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.colors import Normalize  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.colors import Normalize
 
-from .data import to_pixels  # noqa: E402
-from .files import atomic_path  # noqa: E402
+from .data import to_pixels
+from .files import atomic_path
 
 GUIDED = "#d95f02"
 INK = "#222222"
@@ -28,7 +28,7 @@ def grid(path, runs, pixel_mean, pixel_std, columns=20):
         ax.imshow(pixels.permute(1, 0, 2).flatten(1), cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
         ax.text(-0.012, 0.62, setting.name, transform=ax.transAxes, ha="right", va="center", fontsize=10, color=INK)
-        detail = f"FD {scores.fd:.1f} · {scores.accuracy:.1%} · {samples.rows:.0f} rows"
+        detail = f"FD {1000 * scores.fd:.2f} · {scores.accuracy:.1%} · {samples.rows:.0f} rows"
         ax.text(-0.012, 0.25, detail, transform=ax.transAxes, ha="right", va="center", fontsize=8, color="#666666")
     fig.suptitle("Same seeds, row by row: what guidance changes", fontsize=12, color=INK, y=0.985)
     fig.subplots_adjust(left=0.25, right=0.995, top=0.93, bottom=0.01, hspace=0.08)
@@ -42,21 +42,21 @@ def tradeoff(path, runs):
     norm = Normalize(min(rows), max(rows))
     curve = [r for r in runs if r[0].interval is None]
     curve.sort(key=lambda r: r[0].weight)
-    ax.plot([s.accuracy for *_, s in curve], [s.fd for *_, s in curve], color="#999999", lw=1, zorder=1)
+    ax.plot([s.accuracy for *_, s in curve], [1000 * s.fd for *_, s in curve], color="#999999", lw=1, zorder=1)
     for setting, samples, scores in runs:
         marker = "o" if setting.interval is None else ("*" if setting.name.startswith("interval") else "s")
-        error = [[max(scores.fd - scores.fd_low, 0)], [max(scores.fd_high - scores.fd, 0)]]
-        ax.errorbar(scores.accuracy, scores.fd, yerr=error, color="#999999", lw=1, capsize=2, zorder=1)
+        fd, low, high = (1000 * v for v in (scores.fd, scores.fd_low, scores.fd_high))
+        ax.errorbar(scores.accuracy, fd, yerr=[[fd - low], [high - fd]], color="#999999", lw=1, capsize=2, zorder=1)
         size = 320 if marker == "*" else 90
         points = ax.scatter(
-            scores.accuracy, scores.fd, c=[samples.rows], norm=norm, cmap="viridis_r", s=size, marker=marker,
+            scores.accuracy, fd, c=[samples.rows], norm=norm, cmap="viridis_r", s=size, marker=marker,
             edgecolors=INK, linewidths=0.8, zorder=3,
         )  # fmt: skip
-        ax.annotate(setting.name, (scores.accuracy, scores.fd), xytext=(-9, 6), textcoords="offset points",
+        ax.annotate(setting.name, (scores.accuracy, fd), xytext=(-9, 6), textcoords="offset points",
                     fontsize=8.5, color=INK, ha="right")  # fmt: skip
     fig.colorbar(points, label="cost: network rows per sample")
     ax.set_xlabel("class accuracy (adherence) →")
-    ax.set_ylabel("← Fréchet distance to the real images (quality and variety)")
+    ax.set_ylabel("← Fréchet distance to the real images × 1000 (quality and variety)")
     ax.set_title("Lower right is better; bars are 95 % bootstrap intervals", fontsize=11, color=INK)
     ax.margins(x=0.22, y=0.12)
     ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))

@@ -35,7 +35,7 @@ def get_sampler(name):
     """The function `sample_<name>` of k-diffusion; raises ValueError, with the names there are, for another."""
     from k_diffusion import sampling
 
-    known = {k.removeprefix("sample_"): f for k, f in vars(sampling).items() if k.startswith("sample_")}
+    known = {k.removeprefix("sample_"): f for k, f in vars(sampling).items() if k.startswith("sample_") and callable(f)}
     if name not in known:
         raise ValueError(f"unknown sampler {name!r}; k-diffusion has {', '.join(sorted(known))}")
     return known[name]
@@ -58,7 +58,7 @@ def schedule_args(sampler, sigmas):
 
 
 @torch.inference_mode()
-def sample(lab, setting, num, sampler="dpmpp_2m", steps=18, seed=0, progress=None):
+def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=None):
     """Sample `num` images, their classes in turn, and return `Samples`.
 
     One seed gives every setting the same initial noise, on any device, and the same noise of the sampler.
@@ -67,6 +67,7 @@ def sample(lab, setting, num, sampler="dpmpp_2m", steps=18, seed=0, progress=Non
     denoiser = CFGDenoiser(lab.denoiser, setting.interval)
     device = next(lab.denoiser.parameters()).device
     sample_fn, sigmas = get_sampler(sampler), karras_sigmas(steps, device)
+    args = schedule_args(sample_fn, sigmas)
     size = lab.config["image_size"]
     labels = torch.arange(num, device=device) % lab.config["num_classes"]
     images, begin = [], time.perf_counter()
@@ -80,9 +81,7 @@ def sample(lab, setting, num, sampler="dpmpp_2m", steps=18, seed=0, progress=Non
                 uncond={"class_cond": torch.full_like(class_cond, lab.denoiser.null_class)},
                 cond_scale=setting.weight,
             )
-            images.append(
-                sample_fn(denoiser, x, *schedule_args(sample_fn, sigmas), extra_args=extra_args, disable=True)
-            )
+            images.append(sample_fn(denoiser, x, *args, extra_args=extra_args, disable=True))
             if progress is not None:
                 progress(len(class_cond))
         x = torch.cat(images)

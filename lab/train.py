@@ -18,7 +18,7 @@ from tqdm.auto import trange
 from . import data, model
 
 UNET = dict(channels=(32, 128), mid_blocks=2, emb=128, dropout=0.1)
-CLASSIFIER = dict(channels=(32, 64, 64), features=64, dropout=0.3)
+CLASSIFIER = dict(channels=(32, 64, 64), hidden=64, dropout=0.3)
 
 
 def augment(x):

@@ -1,0 +1,33 @@
+"""The published intervals."""
+
+import pytest
+from guidance_interval import PRESETS, get_preset, noise_level
+
+
+def test_every_preset_has_a_source_and_a_valid_interval():
+    for name, preset in PRESETS.items():
+        assert preset.name == name
+        assert "arXiv 2404.07724" in preset.source
+        assert preset.interval().sigma_lo < preset.interval().sigma_hi
+        assert preset.weight is None or preset.weight > preset.weight_everywhere > 1
+
+
+@pytest.mark.parametrize(("name", "first", "last"), [("edm2-xxl-fid", 17, 22), ("edm2-xxl-fd-dinov2", 13, 19)])
+def test_edm2_intervals_guide_the_authors_steps(name, first, last):
+    schedule = noise_level.schedule("karras", 32, 0.002, 80.0)
+    interval = get_preset(name).interval(sigma_data=0.5)
+    assert noise_level.interval_to_steps(interval, schedule) == (first, last)
+    exact = noise_level.steps_to_interval(schedule, first, last)
+    assert (interval.sigma_lo, interval.sigma_hi) == pytest.approx((exact.sigma_lo, exact.sigma_hi), abs=0.005)
+
+
+def test_units_follow_the_scale_of_the_data():
+    fid = get_preset("edm2-xxl-fid")
+    assert (fid.sigma_lo, fid.sigma_hi) == (0.19, 1.61)
+    assert fid.interval().sigma_hi == pytest.approx(2 * fid.sigma_hi)
+    assert get_preset("sdxl").interval().sigma_hi == 5.42
+
+
+def test_an_unknown_preset_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match=r"unknown preset 'sd9'; there are sdxl, edm2"):
+        get_preset("sd9")
