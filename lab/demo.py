@@ -102,7 +102,7 @@ def findings(cfg, limited, ablations):
     apart = scores.fd_high < rival[2].fd_low or rival[2].fd_high < scores.fd_low
     lines = [
         f"At equal accuracy, {scores.accuracy:.1%} against {rival[2].accuracy:.1%} of {rival[0].name}: the distance is "
-        f"{change(scores.fd, rival[2].fd)} (95 % intervals {'apart' if apart else 'overlap'}), "
+        f"{change(scores.fd, rival[2].fd)} (95 % intervals {'do not ' if apart else ''}overlap), "
         f"rows are {change(drawn.rows, rival[1].rows)}."
     ]
     for part, (_, part_drawn, part_scores) in ablations:
@@ -115,13 +115,18 @@ def findings(cfg, limited, ablations):
 
 
 def change(value, base):
-    percent = 100 * (value / base - 1)
-    return "the same" if abs(percent) < 0.05 else f"{abs(percent):.1f} % {'higher' if percent > 0 else 'lower'}"
+    """How much more or less than `base` a value is, in words."""
+    ratio = value / base
+    if abs(ratio - 1) < 0.0005:
+        return "the same"
+    if ratio >= 2:
+        return f"{ratio:.1f} times as much"
+    return f"{abs(ratio - 1):.1%} {'higher' if ratio > 1 else 'lower'}"
 
 
 def table(runs):
     """The runs as a Markdown table, which reads well in a terminal too."""
-    head = ("setting", "Fréchet distance × 1000 [95 %]", "accuracy", "variety", "rows", "seconds")
+    head = ("setting", "1000 FD [95 % interval]", "accuracy", "variety", "rows", "seconds")
     body = [
         (
             setting.name,
@@ -145,8 +150,9 @@ def table(runs):
 
 def describe(setting, drawn, scores):
     """One run as JSON; an open end of an interval is null."""
-    interval = setting.interval
-    bounds = None if interval is None else [interval.sigma_lo, min(interval.sigma_hi, 1e30)]
+    bounds = None
+    if setting.interval is not None:
+        bounds = [b if b < float("inf") else None for b in (setting.interval.sigma_lo, setting.interval.sigma_hi)]
     return dict(
         name=setting.name,
         weight=setting.weight,

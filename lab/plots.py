@@ -22,48 +22,71 @@ def _write(fig, path):
 
 def grid(path, runs, pixel_mean, pixel_std, columns=20):
     """One row of images per setting, the same seeds in every row. runs: list of (Setting, Samples, Scores)."""
-    fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.72 * len(runs) + 0.5), squeeze=False)
+    fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.62 * len(runs) + 0.4), squeeze=False)
     for ax, (setting, samples, scores) in zip(axes[:, 0], runs, strict=True):
         pixels = 255 - to_pixels(samples.x[:columns].cpu(), pixel_mean, pixel_std)
         ax.imshow(pixels.permute(1, 0, 2).flatten(1), cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
-        ax.text(-0.012, 0.62, setting.name, transform=ax.transAxes, ha="right", va="center", fontsize=10, color=INK)
-        detail = f"FD {1000 * scores.fd:.2f} · {scores.accuracy:.1%} · {samples.rows:.0f} rows"
-        ax.text(-0.012, 0.25, detail, transform=ax.transAxes, ha="right", va="center", fontsize=8, color="#666666")
-    fig.suptitle("Same seeds, row by row: what guidance changes", fontsize=12, color=INK, y=0.985)
-    fig.subplots_adjust(left=0.25, right=0.995, top=0.93, bottom=0.01, hspace=0.08)
+        detail = f"1000 FD {1000 * scores.fd:.2f} · {scores.accuracy:.1%} · {samples.rows:.0f} rows"
+        for y, text, size, colour in ((0.66, setting.name, 10.5, INK), (0.24, detail, 8.5, "#666666")):
+            ax.text(-0.01, y, text, transform=ax.transAxes, ha="right", va="center", fontsize=size, color=colour)
+    fig.suptitle("The same seeds under each setting", fontsize=11, color=INK, y=0.99)
+    fig.subplots_adjust(left=0.2, right=0.998, top=1 - 0.35 / fig.get_figheight(), bottom=0, hspace=0)
     _write(fig, path)
 
 
 def tradeoff(path, runs):
-    """Distance to the real images against adherence, one point per setting, its cost as the colour."""
-    fig, ax = plt.subplots(figsize=(8, 5.2))
+    """Distance to the real images against adherence, one point per setting, its cost as the colour.
+
+    runs: list of (Setting, Samples, Scores).
+    """
+    fig, ax = plt.subplots(figsize=(8.6, 5.2))
     rows = [samples.rows for _, samples, _ in runs]
     norm = Normalize(min(rows), max(rows))
-    curve = [r for r in runs if r[0].interval is None]
-    curve.sort(key=lambda r: r[0].weight)
-    ax.plot([s.accuracy for *_, s in curve], [1000 * s.fd for *_, s in curve], color="#999999", lw=1, zorder=1)
+    curve = sorted(
+        (setting.weight, scores.accuracy, 1000 * scores.fd) for setting, _, scores in runs if not setting.interval
+    )
+    ax.plot([a for _, a, _ in curve], [fd for *_, fd in curve], color="#999999", lw=1, zorder=1)
     for setting, samples, scores in runs:
-        marker = "o" if setting.interval is None else ("*" if setting.name.startswith("interval") else "s")
+        star = setting.name.startswith("interval")
+        marker, size = ("*", 360) if star else ("s", 60) if setting.interval else ("o", 80)
         fd, low, high = (1000 * v for v in (scores.fd, scores.fd_low, scores.fd_high))
         ax.errorbar(scores.accuracy, fd, yerr=[[fd - low], [high - fd]], color="#999999", lw=1, capsize=2, zorder=1)
-        size = 320 if marker == "*" else 90
         points = ax.scatter(
             scores.accuracy, fd, c=[samples.rows], norm=norm, cmap="viridis_r", s=size, marker=marker,
-            edgecolors=INK, linewidths=0.8, zorder=3,
+            edgecolors=INK, linewidths=0.8, zorder=3 if star else 2,
         )  # fmt: skip
-        ax.annotate(setting.name, (scores.accuracy, fd), xytext=(-9, 6), textcoords="offset points",
-                    fontsize=8.5, color=INK, ha="right")  # fmt: skip
     fig.colorbar(points, label="cost: network rows per sample")
-    ax.set_xlabel("class accuracy (adherence) →")
-    ax.set_ylabel("← Fréchet distance to the real images × 1000 (quality and variety)")
-    ax.set_title("Lower right is better; bars are 95 % bootstrap intervals", fontsize=11, color=INK)
-    ax.margins(x=0.22, y=0.12)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
+    low, high = (f(scores.accuracy for *_, scores in runs) for f in (min, max))
+    ax.set_xlim(low - 0.45 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    ax.set_xlabel("class accuracy (adherence) →")
+    ax.set_ylabel("← Fréchet distance to the real images, times 1000")
+    ax.set_title("Lower right is better (bars: 95 % bootstrap intervals; line: CFG everywhere)", fontsize=10.5)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
+    _label_points(ax, [(setting.name, scores.accuracy, 1000 * scores.fd) for setting, _, scores in runs])
     _write(fig, path)
+
+
+def _label_points(ax, points, gap=14):
+    """Write each (text, x, y) left of its point, from the bottom up, and never on another label."""
+    placed = -gap
+    at = [(ax.transData.transform((x, y))[1] * 72 / ax.figure.dpi, text, x, y) for text, x, y in points]
+    for y_points, text, x, y in sorted(at):
+        placed = max(y_points - 3, placed + gap)
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(-11, placed - y_points),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+            color=INK,
+        )
 
 
 def schedule(path, sigmas, interval):
