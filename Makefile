@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Threads that wait by spinning slow each other down when anything else runs on the same cores.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint bench train
 

@@ -9,10 +9,10 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..sampler_patch import GuidanceInterval
-from . import model, plots
+from . import data, model, plots
 from .files import atomic_path, output_folder
 from .metrics import score
-from .sampling import Setting, get_sampler, karras_sigmas, sample
+from .sampling import Samples, Setting, get_sampler, karras_sigmas, sample
 
 MAX_CFG_RUNS = 8  # To bracket the interval's accuracy.
 
@@ -55,14 +55,17 @@ def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
                 ablations.append((part, measure(Setting(f"… {part} part on: {widened}", weight, widened))))
         bar.set_description("done")
 
+    real = real_digits(lab, samples, seed)
+    real = Setting("real digits", 1.0), real, score(lab, real.x, real.labels)
     runs = [none, *cfg, limited, *(r for _, r in ablations)]
     found = findings(cfg, limited, ablations)
-    print(table(runs), *found, sep="\n")
-    plots.grid(out / "grid.png", runs, lab.config["pixel_mean"], lab.config["pixel_std"])
-    plots.tradeoff(out / "tradeoff.png", runs)
+    print(table([real, *runs]), *found, sep="\n")
+    plots.grid(out / "grid.png", [real, *runs], lab.config["pixel_mean"], lab.config["pixel_std"])
+    plots.tradeoff(out / "tradeoff.png", runs, real)
     plots.schedule(out / "schedule.png", sigmas, interval)
     report = dict(
         settings=[describe(*r) for r in runs],
+        real=asdict(real[2]),
         findings=found,
         arguments=dict(
             samples=samples, sampler=sampler, steps=steps, seed=seed, device=str(device), weight=weight,
@@ -76,6 +79,17 @@ def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
         tmp.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nwrote grid.png, tradeoff.png, schedule.png and report.json to {out}")
     return report
+
+
+def real_digits(lab, num, seed):
+    """As many real images (of the 5,000 there are) as `Samples`, their classes in turn: the floor of the distance."""
+    images, labels = map(torch.as_tensor, data.load_digits())
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    classes = [order[labels[order] == c][: -(-num // data.NUM_CLASSES)] for c in range(data.NUM_CLASSES)]
+    index = torch.stack(classes, dim=1).flatten()[:num]
+    x = data.to_model(images[index], lab.config["pixel_mean"], lab.config["pixel_std"])
+    device = lab.reference["mean"].device
+    return Samples(x.to(device), labels[index].to(device), 0.0, 0.0)
 
 
 def bracket(measure, limited, extend):
@@ -133,8 +147,8 @@ def table(runs):
             f"{1000 * s.fd:.2f} [{1000 * s.fd_low:.2f}, {1000 * s.fd_high:.2f}]",
             f"{s.accuracy:.1%}",
             f"{s.variety:.3f}",
-            f"{drawn.rows:.1f}",
-            f"{drawn.seconds:.1f}",
+            f"{drawn.rows:.1f}" if drawn.rows else "",
+            f"{drawn.seconds:.1f}" if drawn.rows else "",
         )
         for setting, drawn, s in runs
     ]

@@ -27,18 +27,20 @@ def grid(path, runs, pixel_mean, pixel_std, columns=20):
         pixels = 255 - to_pixels(samples.x[:columns].cpu(), pixel_mean, pixel_std)
         ax.imshow(pixels.permute(1, 0, 2).flatten(1), cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
-        detail = f"1000 FD {1000 * scores.fd:.2f} · {scores.accuracy:.1%} · {samples.rows:.0f} rows"
+        detail = f"1000 FD {1000 * scores.fd:.2f} · {scores.accuracy:.1%}"
+        if samples.rows:
+            detail += f" · {samples.rows:.0f} rows"
         for y, text, size, colour in ((0.66, setting.name, 10.5, INK), (0.24, detail, 8.5, "#666666")):
             ax.text(-0.01, y, text, transform=ax.transAxes, ha="right", va="center", fontsize=size, color=colour)
-    fig.suptitle("The same seeds under each setting", fontsize=11, color=INK, y=0.99)
+    fig.suptitle("The same seeds under each setting, below real digits", fontsize=11, color=INK, y=0.99)
     fig.subplots_adjust(left=0.2, right=0.998, top=1 - 0.35 / fig.get_figheight(), bottom=0, hspace=0)
     _write(fig, path)
 
 
-def tradeoff(path, runs):
+def tradeoff(path, runs, real):
     """Distance to the real images against adherence, one point per setting, its cost as the colour.
 
-    runs: list of (Setting, Samples, Scores).
+    runs: list of (Setting, Samples, Scores); real: the same of as many real images, whose distance is the floor.
     """
     fig, ax = plt.subplots(figsize=(8.6, 5.2))
     rows = [samples.rows for _, samples, _ in runs]
@@ -56,6 +58,9 @@ def tradeoff(path, runs):
             scores.accuracy, fd, c=[samples.rows], norm=norm, cmap="viridis_r", s=size, marker=marker,
             edgecolors=INK, linewidths=0.8, zorder=3 if star else 2,
         )  # fmt: skip
+    ax.axhline(1000 * real[2].fd, color=INK, lw=1, ls=":", zorder=0)
+    ax.annotate("as many real digits", (0.01, 1000 * real[2].fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
+                textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
     fig.colorbar(points, label="cost: network rows per sample")
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")

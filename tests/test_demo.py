@@ -51,6 +51,7 @@ def test_the_report_holds_every_setting_and_its_cost(reports):
         assert setting["rows_per_sample"] == 8 + sum(lo < s <= (hi or 1e9) for s in sigmas)
     assert high_on["interval"][1] is None  # JSON has no infinity.
     assert report["versions"].keys() == {"guidance_interval", "python", "torch", "k_diffusion"}
+    assert report["real"]["variety"] == pytest.approx(1, abs=0.2)
     assert report["arguments"]["seed"] == 0 and len(report["findings"]) == 3
 
 
