@@ -83,9 +83,9 @@ class CFGDenoiser(nn.Module):
     evaluation. A `cond_scale` of 1 is no guidance and evaluates cond alone.
 
     Learning which rows are guided costs one host sync per evaluation when sigma is on an accelerator. Given
-    `sigmas`, the schedule, nothing is read back: each evaluation takes the next entry, the sigmas that came
-    are compared on the device, and a run that strayed raises RuntimeError at its end. That is for samplers of
-    one evaluation per step; `evaluation_sigmas` lists the entries for others. On the CPU reading is free, and
+    `sigmas`, the schedule, it costs none: each evaluation takes the next entry, and the sigmas that came are
+    compared at the end of the run, which raises RuntimeError if it strayed. That is for samplers of one
+    evaluation per step; `evaluation_sigmas` lists the entries for others. On the CPU reading is free, and
     sigma itself decides.
 
     `per_step=True` judges a step as a whole by the sigma it starts from, as the authors' code does by step
@@ -119,8 +119,8 @@ class CFGDenoiser(nn.Module):
 
     def reset(self):
         """Set the counters to zero and go back to the first entry of `sigmas`."""
-        self.rows = self.evaluations = self.position = 0
-        self.strayed = None
+        self.rows = self.evaluations = 0
+        self.seen = []  # The sigmas of the run under way, when `sigmas` were given.
 
     def forward(self, x, sigma, cond, uncond, cond_scale):
         """Return the denoiser output, shaped like x.
@@ -165,20 +165,22 @@ class CFGDenoiser(nn.Module):
         return plan if levels[-1] > 0 else plan[:-1]  # Heun's method takes no second evaluation at 0.
 
     def _next_in_plan(self, sigma):
-        expected, guided = self.plan[self.position]
-        strayed = ((sigma - expected).abs() > 1e-4 * expected).any()
-        self.strayed = strayed if self.strayed is None else self.strayed | strayed
-        self.position += 1
-        at_end = self.position == len(self.plan)
-        if (at_end or sigma.device.type == "cpu") and self.strayed:
-            self.reset()
-            raise RuntimeError(
-                f"the sampler did not evaluate at the given sigmas in their order, {len(self.plan)} evaluations from "
-                f"{self.plan[0][0]:.4g} to {self.plan[-1][0]:.4g}: see evaluation_sigmas, or leave sigmas out "
-                "(per_step=True is for sample_heun); call reset() after a run that was cut short"
-            )
+        """The decision that stands next; the sigmas are compared when reading them costs no more than one sync."""
+        guided = self.plan[len(self.seen)][1]
+        self.seen.append(sigma)
+        at_end = len(self.seen) == len(self.plan)
+        if at_end or sigma.device.type == "cpu":
+            expected = torch.tensor([level for (level, _), s in zip(self.plan, self.seen, strict=False) for _ in s])
+            came = torch.cat(self.seen).to("cpu", expected.dtype)
+            if not torch.allclose(came, expected, rtol=1e-4, atol=0):
+                self.reset()
+                raise RuntimeError(
+                    f"the sampler did not evaluate at the given sigmas in their order, {len(self.plan)} evaluations "
+                    f"from {self.plan[0][0]:.4g} to {self.plan[-1][0]:.4g}: see evaluation_sigmas, or leave sigmas out "
+                    "(per_step=True is for sample_heun); call reset() after a run that was cut short"
+                )
         if at_end:
-            self.position, self.strayed = 0, None
+            self.seen = []
         return guided
 
 
