@@ -6,6 +6,7 @@ sigma_lo < sigma <= sigma_hi; elsewhere the denoiser's output is the conditional
 unconditional one is never evaluated.
 """
 
+import functools
 import math
 import numbers
 import warnings
@@ -148,8 +149,12 @@ class CFGDenoiser(nn.Module):
         """Index of the guided rows, or None when all are."""
         if self.plan is not None and (self.per_step or sigma.device.type != "cpu"):
             return None if self._next_in_plan(sigma) else ()
-        rows = self.interval.mask(sigma).nonzero()[:, 0]  # The one host sync.
-        return None if len(rows) == len(sigma) else rows
+        lo, hi = (_rounded(bound, sigma.dtype) for bound in (self.interval.sigma_lo, self.interval.sigma_hi))
+        levels = sigma.tolist()  # The one host sync.
+        rows = [i for i, level in enumerate(levels) if lo < level <= hi]
+        if len(rows) == len(levels):
+            return None
+        return torch.tensor(rows).to(sigma.device, non_blocking=True) if rows else ()
 
     def _plan(self, sigmas):
         """`[(sigma, guided)]` of each evaluation to come."""
@@ -182,6 +187,12 @@ class CFGDenoiser(nn.Module):
         if at_end:
             self.seen = []
         return guided
+
+
+@functools.lru_cache
+def _rounded(value, dtype):
+    """A number as a tensor of that dtype holds it, for comparison as in `GuidanceInterval.mask`."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
 def evaluation_sigmas(sampler, *args, **kwargs):
