@@ -175,9 +175,10 @@ class CFGDenoiser(nn.Module):
         self.seen.append(sigma)
         at_end = len(self.seen) == len(self.plan)
         if at_end or sigma.device.type == "cpu":
-            expected = torch.tensor([level for (level, _), s in zip(self.plan, self.seen, strict=False) for _ in s])
-            came = torch.cat(self.seen).to("cpu", expected.dtype)
-            if not torch.allclose(came, expected, rtol=1e-4, atol=0):
+            expected = [level for (level, _), s in zip(self.plan, self.seen, strict=False) for _ in s]
+            came = torch.cat(self.seen).cpu()
+            tolerance = max(1e-4, 4 * torch.finfo(came.dtype).eps)  # A sampler may compute sigma from -log(sigma).
+            if not torch.allclose(came.double(), torch.tensor(expected).double(), rtol=tolerance, atol=0):
                 self.reset()
                 raise RuntimeError(
                     f"the sampler did not evaluate at the given sigmas in their order, {len(self.plan)} evaluations "

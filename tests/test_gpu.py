@@ -49,8 +49,9 @@ def test_host_syncs_of_a_run(levels, kwargs, syncs):
     assert sum("called a synchronizing CUDA operation" in str(w.message) for w in caught) == syncs
 
 
-def test_the_plan_decides_as_sigma_does():
-    levels = rows(SIGMAS[:-1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_plan_decides_as_sigma_does(dtype):
+    levels = rows(SIGMAS[:-1]).to(dtype)
     planned = CFGDenoiser(lambda x, sigma, a: x * 0.5, INTERVAL, sigmas=SIGMAS)
     unplanned = CFGDenoiser(lambda x, sigma, a: x * 0.5, INTERVAL)
     evaluate(planned, levels)
