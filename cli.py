@@ -1,4 +1,4 @@
-"""The command `guidance-interval`: `demo` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep` and `info`."""
 
 import argparse
 import math
@@ -36,15 +36,26 @@ def parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", default="out/demo", help="folder for the pictures and report.json")
-    demo.add_argument("--samples", type=count(20), default=1500, help="images per setting")
-    demo.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
-    demo.add_argument("--steps", type=count(2), default=16, help="sampling steps")
-    demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers")
+    _sampling_arguments(demo, samples=1500)
     demo.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     demo.add_argument("--weight", type=float, default=4.0, help="guidance weight in the interval")
     demo.add_argument("--sigma-lo", type=float, default=0.1, help="guidance begins above this noise level")
     demo.add_argument("--sigma-hi", type=float, default=2.5, help="guidance ends at this noise level (inf: open)")
     demo.set_defaults(run=run_demo)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="measure a grid of intervals and weights; goes on where it was stopped",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sweep.add_argument("--out", default="out/sweep", help="folder for the cells, the table and the pictures")
+    _sampling_arguments(sweep, samples=500)
+    sweep.add_argument("--device", type=device, nargs="+", default=["cpu"], help="one, or several to share the cells")
+    sweep.add_argument("--weight", type=float, nargs="+", default=[1.5, 2.0, 4.0], help="guidance weights")
+    sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="lower bounds")
+    sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
+    sweep.add_argument("--model", metavar="MODULE:FUNCTION", help="your own: function(device) -> lab.model.Lab")
+    sweep.set_defaults(run=run_sweep)
 
     info = commands.add_parser(
         "info",
@@ -61,6 +72,13 @@ def parser():
     info.add_argument("--sigma-hi", type=float, help="an interval of your own, with --sigma-lo")
     info.set_defaults(run=run_info)
     return p
+
+
+def _sampling_arguments(command, samples):
+    command.add_argument("--samples", type=count(20), default=samples, help="images per setting")
+    command.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
+    command.add_argument("--steps", type=count(2), default=16, help="sampling steps")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers")
 
 
 def count(at_least):
@@ -104,6 +122,23 @@ def run_demo(args):
         weight=args.weight,
         sigma_lo=args.sigma_lo,
         sigma_hi=args.sigma_hi,
+    )
+
+
+def run_sweep(args):
+    from .lab import sweep
+
+    sweep.run(
+        out=args.out,
+        sigma_los=args.sigma_lo,
+        sigma_his=args.sigma_hi,
+        weights=args.weight,
+        samples=args.samples,
+        sampler=args.sampler,
+        steps=args.steps,
+        seed=args.seed,
+        devices=args.device,
+        source=args.model,
     )
 
 

@@ -1,11 +1,12 @@
 """The demo's pictures, with matplotlib. Each function writes one PNG."""
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # No window, no display needed.
 
 from matplotlib import pyplot as plt
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 
 from .data import to_pixels
 from .files import atomic_path
@@ -117,6 +118,59 @@ def schedule(path, sigmas, interval):
     ax.set_ylabel("noise level sigma")
     ax.set_title(f"Guidance in {interval}: {int(guided.sum())} of {len(levels)} steps", fontsize=11, color=INK)
     ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    _write(fig, path)
+
+
+def heatmaps(path, results):
+    """The distance over sigma_lo and sigma_hi, one panel for each weight. results: `{Cell: Result}` of a sweep."""
+    cells = [c for c in results if c.weight != 1]
+    weights, los, his = (sorted({getattr(c, name) for c in cells}) for name in ("weight", "sigma_lo", "sigma_hi"))
+    fds = [1000 * results[c].scores.fd for c in cells]
+    norm = LogNorm(min(fds), max(fds))
+    size = (0.85 * len(his) * len(weights) + 2.2, 0.6 * len(los) + 1.7)
+    fig, axes = plt.subplots(1, len(weights), figsize=size, squeeze=False, layout="constrained")
+    for ax, weight in zip(axes[0], weights, strict=True):
+        values = np.full((len(los), len(his)), np.nan)
+        for c in cells:
+            if c.weight == weight:
+                at = los.index(c.sigma_lo), his.index(c.sigma_hi)
+                values[at] = 1000 * results[c].scores.fd
+                dark = norm(values[at]) > 0.6
+                text = f"{values[at]:.2g}\n{results[c].scores.accuracy:.1%}"
+                ax.text(*at[::-1], text, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
+        image = ax.imshow(values, norm=norm, cmap="viridis_r", origin="lower", aspect="auto")
+        ax.set_xticks(range(len(his)), [f"{h:g}" for h in his])
+        ax.set_yticks(range(len(los)), [f"{lo:g}" for lo in los])
+        ax.set_xlabel("sigma_hi")
+        ax.set_title(f"weight {weight:g}", fontsize=10.5, color=INK)
+    axes[0, 0].set_ylabel("sigma_lo")
+    fig.colorbar(image, ax=axes, label="1000 FD")
+    _write(fig, path)
+
+
+def frontier(path, results, best):
+    """Distance against adherence of every cell, CFG's own curve, and the frontier. best: the cells of the frontier."""
+    fig, ax = plt.subplots(figsize=(8.6, 5.2))
+    at = {c: (r.scores.accuracy, 1000 * r.scores.fd) for c, r in results.items()}
+    everywhere = [at[c] for c in sorted(results) if c.everywhere]
+    ax.plot(*zip(*everywhere, strict=True), "o-", color=INK, ms=6, lw=1, label="CFG everywhere", zorder=2)
+    ax.plot(*zip(*(at[c] for c in best), strict=True), color=GUIDED, lw=1.2, label="frontier", zorder=1)
+    inside = [c for c in results if not c.everywhere]
+    if inside:
+        rows = [results[c].rows for c in inside]
+        xy = np.array([at[c] for c in inside])
+        points = ax.scatter(*xy.T, c=rows, cmap="viridis_r", edgecolors=INK, lw=0.5, s=46, label="interval", zorder=3)
+        fig.colorbar(points, label="cost: network rows per sample")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
+    ax.set_xlabel("class accuracy (adherence) →")
+    ax.set_ylabel("← Fréchet distance to the real images, times 1000")
+    ax.set_title("Lower right is better", fontsize=10.5, color=INK)
+    ax.legend(frameon=False, loc="upper left")
+    ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     _write(fig, path)
