@@ -21,6 +21,19 @@ def _write(fig, path):
     plt.close(fig)
 
 
+def _adherence_axes(ax):
+    """Axes of the Fréchet distance, times 1000, against adherence."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(axis="y", which="minor", labelsize=7)
+    ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
+    ax.set_xlabel("class accuracy (adherence) →")
+    ax.set_ylabel("← Fréchet distance to the real images, times 1000")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def grid(path, runs, pixel_mean, pixel_std, columns=20):
     """One row of images per setting, the same seeds in every row. runs: list of (Setting, Samples, Scores)."""
     fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.62 * len(runs) + 0.4), squeeze=False)
@@ -63,16 +76,10 @@ def tradeoff(path, runs, real):
     ax.annotate("as many real digits", (0.01, 1000 * real[2].fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
                 textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
     fig.colorbar(points, label="cost: network rows per sample")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
+    _adherence_axes(ax)
     low, high = (f(scores.accuracy for *_, scores in runs) for f in (min, max))
     ax.set_xlim(low - 0.45 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    ax.set_xlabel("class accuracy (adherence) →")
-    ax.set_ylabel("← Fréchet distance to the real images, times 1000")
     ax.set_title("Lower right is better (bars: 95 % bootstrap intervals; line: CFG everywhere)", fontsize=10.5)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     _label_points(ax, [(setting.name, scores.accuracy, 1000 * scores.fd) for setting, _, scores in runs])
     _write(fig, path)
@@ -163,14 +170,8 @@ def frontier(path, results, best):
         xy = np.array([at[c] for c in inside])
         points = ax.scatter(*xy.T, c=rows, cmap="viridis_r", edgecolors=INK, lw=0.5, s=46, label="interval", zorder=3)
         fig.colorbar(points, label="cost: network rows per sample")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=1))
-    ax.set_xlabel("class accuracy (adherence) →")
-    ax.set_ylabel("← Fréchet distance to the real images, times 1000")
+    _adherence_axes(ax)
     ax.set_title("Lower right is better", fontsize=10.5, color=INK)
     ax.legend(frameon=False, loc="upper left")
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     _write(fig, path)
