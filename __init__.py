@@ -16,3 +16,15 @@ __all__ = [
     "evaluation_sigmas",
     "get_preset",
 ]
+
+
+# ----------------------------------------------------------------------------
+# ComfyUI looks for these two when it imports the folder; nothing of ComfyUI is imported before it asks.
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    from .nodes import GuidanceIntervalExtension
+
+    return GuidanceIntervalExtension()

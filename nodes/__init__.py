@@ -1,0 +1,361 @@
+"""ComfyUI's nodes: declarations alone. The patch is in model_patch.py, the second model's guider in guider.py."""
+
+import functools
+
+import comfy.samplers
+from comfy_api.latest import ComfyExtension, io
+
+from ..noise_level import steps_to_interval
+from ..presets import PRESETS, get_preset
+from ..sampler_patch import GuidanceInterval as Interval
+from . import model_patch
+from .guider import TwoModelGuider
+from .sampling import compare, describe_schedule, parse_intervals, report
+
+ALIASES = ["guidance interval", "guidance limiter", "cfg limiter", "limited interval", "skip uncond"]
+SIGMA_MAX = 1000000.0
+SIGMA_TIP = (
+    "Noise relative to the image, as k-diffusion and EDM count it; the same numbers mean the same for every model."
+)
+
+
+def _schema(**kwargs):
+    if "search_aliases" in io.Schema.__dataclass_fields__:  # Newer hosts.
+        kwargs["search_aliases"] = ALIASES
+    return io.Schema(category="sampling/guidance interval", **kwargs)
+
+
+def _advanced(node_input):
+    node_input.extra_dict["advanced"] = True  # Older hosts have no parameter for it.
+    return node_input
+
+
+def _model(tooltip="The model to limit. Other patches may come before or after this node."):
+    return io.Model.Input("model", tooltip=tooltip)
+
+
+def _patched_model():
+    return io.Model.Output(display_name="model", tooltip="The model, guided inside the interval alone.")
+
+
+def _sigma_lo():
+    tip = f"Guidance stops below this noise level: the last, low-noise steps run without it. 0 = never. {SIGMA_TIP}"
+    return io.Float.Input("sigma_lo", default=0.28, min=0.0, max=SIGMA_MAX, step=0.01, round=False, tooltip=tip)
+
+
+def _sigma_hi():
+    tip = f"Guidance starts at this noise level: the first, noisiest steps run without it. {SIGMA_TIP}"
+    return io.Float.Input("sigma_hi", default=5.42, min=0.0, max=SIGMA_MAX, step=0.01, round=False, tooltip=tip)
+
+
+def _cfg(default=8.0, tooltip="Guidance weight inside the interval. Intervals bear, and like, a higher one."):
+    return io.Float.Input("cfg", default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+
+
+def _valid(make, *values):
+    """True, or what is wrong with the values, for `validate_inputs`; a linked input is None until it runs."""
+    if None in values:
+        return True
+    try:
+        make(*values)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return True
+
+
+class GuidanceInterval(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="GuidanceInterval",
+            display_name="Guidance Interval",
+            description="Applies CFG where sigma_lo < sigma <= sigma_hi and nowhere else. Outside, the unconditional "
+            "pass is not evaluated: those steps cost half.",
+            inputs=[
+                _model(),
+                _sigma_lo(),
+                _sigma_hi(),
+                _advanced(
+                    io.Combo.Input(
+                        "units",
+                        options=["edm", "model"],
+                        default="edm",
+                        tooltip="edm: noise relative to the image, the same for every model. model: the model's own "
+                        "sigma, which for flow models (SD3, Flux, Wan, ...) is a time from 0 to 1.",
+                    )
+                ),
+                _advanced(
+                    io.Combo.Input(
+                        "outside",
+                        options=list(model_patch.OUTSIDE),
+                        default=model_patch.COND_ONLY,
+                        tooltip="conditional only: outside the interval nothing but the positive prompt's prediction "
+                        "counts, and other guidance (PAG, SLG, APG, ...) is limited too. keep other patches: they go "
+                        "on outside, with CFG off.",
+                    )
+                ),
+            ],
+            outputs=[_patched_model()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sigma_lo=None, sigma_hi=None):
+        return _valid(Interval, sigma_lo, sigma_hi)
+
+    @classmethod
+    def execute(cls, model, sigma_lo, sigma_hi, units="edm", outside=model_patch.COND_ONLY):
+        in_units = model_patch.in_edm_units if units == "edm" else model_patch.in_model_units
+        return io.NodeOutput(model_patch.patch_model(model, in_units(Interval(sigma_lo, sigma_hi)), outside))
+
+
+class GuidanceIntervalPercent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="GuidanceIntervalPercent",
+            display_name="Guidance Interval (percent)",
+            description="The interval as a part of the sampling process, as in other nodes of ComfyUI. The same "
+            "percent is another noise level for another model or shift; sigma is not.",
+            inputs=[
+                _model(),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.186,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Guidance starts here: 0 is the first step, pure noise. 0.186 is sigma 5.42 for SD1.5 "
+                    "and SDXL.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.928,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Guidance ends here: 1 is the last step. 0.928 is sigma 0.28 for SD1.5 and SDXL.",
+                ),
+            ],
+            outputs=[_patched_model()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, start_percent=None, end_percent=None):
+        if None in (start_percent, end_percent) or 0 <= start_percent < end_percent <= 1:
+            return True
+        return f"0 <= start_percent < end_percent <= 1 must hold, got {start_percent} and {end_percent}"
+
+    @classmethod
+    def execute(cls, model, start_percent, end_percent):
+        return io.NodeOutput(model_patch.patch_model(model, model_patch.in_percent(start_percent, end_percent)))
+
+
+class GuidanceIntervalSteps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="GuidanceIntervalSteps",
+            display_name="Guidance Interval (steps)",
+            description="The interval as the first and the last guided step of a schedule, as the paper's authors "
+            "give it. Samplers that evaluate between the steps are judged by the noise level there.",
+            inputs=[
+                _model(),
+                io.Sigmas.Input("sigmas", tooltip="The schedule that the steps are counted in."),
+                io.Int.Input(
+                    "first_step",
+                    default=0,
+                    min=-10000,
+                    max=10000,
+                    tooltip="The first guided step, counted from 0; negative counts from the end.",
+                ),
+                io.Int.Input(
+                    "last_step",
+                    default=-1,
+                    min=-10000,
+                    max=10000,
+                    tooltip="The last guided step, itself guided; negative counts from the end, so -1 is the last.",
+                ),
+            ],
+            outputs=[_patched_model()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, first_step=None, last_step=None):
+        if None in (first_step, last_step) or (first_step < 0) != (last_step < 0) or first_step <= last_step:
+            return True
+        return f"first_step must not come after last_step, got {first_step} and {last_step}"
+
+    @classmethod
+    def execute(cls, model, sigmas, first_step, last_step):
+        interval = steps_to_interval(sigmas, first_step, last_step)
+        return io.NodeOutput(model_patch.patch_model(model, model_patch.in_model_units(interval)))
+
+
+class GuidanceIntervalPreset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        sources = "\n".join(f"{p.name}: {p.model}, {p.interval()}. {p.source}" for p in PRESETS.values())
+        return _schema(
+            node_id="GuidanceIntervalPreset",
+            display_name="Guidance Interval (preset)",
+            description="An interval that was published for a model, with its guidance weight and its source.",
+            inputs=[
+                _model(),
+                io.Combo.Input("preset", options=list(PRESETS), tooltip=sources),
+                _advanced(
+                    _cfg(7.0, "Handed on as cfg where the source names no weight for the interval (sdxl names none).")
+                ),
+            ],
+            outputs=[
+                _patched_model(),
+                io.Float.Output(display_name="cfg", tooltip="The published guidance weight, for the sampler's cfg."),
+                io.String.Output(display_name="source", tooltip="Where the interval was published."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, preset, cfg=7.0):
+        preset = get_preset(preset)
+        model = model_patch.patch_model(model, model_patch.in_edm_units(preset.interval()))
+        return io.NodeOutput(model, cfg if preset.weight is None else preset.weight, preset.source)
+
+
+class GuidanceIntervalGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="GuidanceIntervalGuider",
+            display_name="Guidance Interval Guider",
+            description="CFG in an interval, as a guider for SamplerCustomAdvanced. With model_negative, guidance "
+            "leads away from that weaker model (autoguidance).",
+            inputs=[
+                _model("The model to sample with."),
+                io.Conditioning.Input("positive", tooltip="What the image is to show."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="What guidance leads away from. For autoguidance connect the positive prompt here too.",
+                ),
+                _cfg(),
+                _sigma_lo(),
+                _sigma_hi(),
+                io.Model.Input(
+                    "model_negative",
+                    optional=True,
+                    tooltip="A weaker model that evaluates the negative, such as an earlier or smaller checkpoint of "
+                    "the same family. It is not run outside the interval.",
+                ),
+            ],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, sigma_lo=None, sigma_hi=None):
+        return _valid(Interval, sigma_lo, sigma_hi)
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg, sigma_lo, sigma_hi, model_negative=None):
+        model = model_patch.patch_model(model, model_patch.in_edm_units(Interval(sigma_lo, sigma_hi)))
+        guider = comfy.samplers.CFGGuider(model) if model_negative is None else TwoModelGuider(model, model_negative)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)
+
+
+class GuidanceIntervalSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="GuidanceIntervalSchedule",
+            display_name="Guidance Interval Schedule",
+            description="Shows which steps of a schedule an interval guides, before anything is sampled.",
+            inputs=[
+                _model("A model with a guidance interval."),
+                io.Sigmas.Input("sigmas", tooltip="The schedule that is to be sampled, from a scheduler node."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="Noise level by step; guided steps are filled."),
+                io.String.Output(display_name="table", tooltip="The same as text, one step per line."),
+                io.Int.Output(display_name="guided_steps", tooltip="How many steps are guided."),
+                io.Float.Output(
+                    display_name="rows",
+                    tooltip="Rows that the network evaluates, as a share of CFG at every step: 1 = no saving, 0.5 = "
+                    "no guidance.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, sigmas):
+        return io.NodeOutput(*describe_schedule(model, sigmas))
+
+
+class GuidanceIntervalCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="GuidanceIntervalCompare",
+            display_name="Guidance Interval Compare",
+            description="Samples one seed with CFG everywhere, in each interval of a list, and with no guidance, and "
+            "lays the images side by side with what each cost.",
+            inputs=[
+                _model("The model to sample with; an interval that it has is left out."),
+                io.Conditioning.Input("positive", tooltip="What the image is to show."),
+                io.Conditioning.Input("negative", tooltip="What guidance leads away from."),
+                io.Vae.Input("vae", tooltip="Decodes the results."),
+                io.Latent.Input("latent", tooltip="Where sampling starts; a batch gives one row of the grid each."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise, the same for every setting.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of each run."),
+                _cfg(tooltip="Guidance weight, the same for every setting but the last, which has none."),
+                io.Combo.Input("sampler", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 the latent is kept in part."
+                ),
+                io.String.Input(
+                    "intervals",
+                    multiline=True,
+                    default="0.28, 5.42\n0.28, 2.5\n1, 5.42",
+                    tooltip="One interval per line: sigma_lo, sigma_hi. What follows # is a comment.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="One column per setting, labelled with rows and seconds."),
+                io.Image.Output(display_name="images", tooltip="The same images as a batch, setting by setting."),
+                io.String.Output(display_name="report", tooltip="Rows and seconds as a table."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, intervals=None):
+        return _valid(parse_intervals, intervals)
+
+    @classmethod
+    def execute(cls, model, positive, negative, vae, latent, seed, steps, cfg, sampler, scheduler, denoise, intervals):
+        from nodes import common_ksampler  # ComfyUI's own, which this folder does not hide: imports here are relative.
+
+        def sample(model, cfg, positive, negative, latent):
+            run = functools.partial(common_ksampler, denoise=denoise)
+            return run(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent)[0]
+
+        results = compare(model, positive, negative, vae, latent, parse_intervals(intervals), sample, cfg)
+        return io.NodeOutput(*report(results))
+
+
+class GuidanceIntervalExtension(ComfyExtension):
+    async def get_node_list(self):
+        return [
+            GuidanceInterval,
+            GuidanceIntervalPercent,
+            GuidanceIntervalSteps,
+            GuidanceIntervalPreset,
+            GuidanceIntervalGuider,
+            GuidanceIntervalSchedule,
+            GuidanceIntervalCompare,
+        ]
