@@ -1,0 +1,76 @@
+"""docs/compatibility.md: what the matrix measured, one section per version of ComfyUI."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from comfy_harness import DIFFERENT, EXACT, ROOT, ROUNDING
+
+DOC = ROOT / "docs" / "compatibility.md"
+SEMANTIC = "documented semantic"
+HEAD = """\
+# What was tested in ComfyUI, cell by cell
+
+Written by the tests: `python -m pytest tests/comfy --write-compatibility`, with `COMFYUI_PATH` naming the ComfyUI to
+test (without it, the one that `make test` installs). Each cell samples with tiny random-weight models in the real
+ComfyUI and compares every single evaluation, from the same x, with references that do not know our node:
+
+- inside the interval, with the same chain of nodes without ours;
+- outside, with the conditional prediction evaluated alone (`conditional only`), or with all other patches acting on
+  it (`keep other patches`);
+- the rows that the network evaluated, with the least possible: those references' own.
+
+`exact` is equality bit for bit and in rows. `exact up to rounding` is equality in rows, and in values up to the given
+relative figure, the reference having evaluated other batch sizes. The rest is a documented semantic, with its reason.
+"""
+
+
+@dataclass
+class Cell:
+    group: str
+    name: str
+    outside: str
+    verdict: str
+    note: str
+
+
+class Report:
+    def __init__(self, version):
+        self.version = version
+        self.cells = []
+
+    def add(self, group, name, outside, verdict, reason=None):
+        """Keep a harness.Verdict and assert that it is exact, or different for the reason that the test gives."""
+        kind, note = verdict.kind, ""
+        if kind == ROUNDING:
+            note = f"{verdict.error:.0e}"
+        if kind == DIFFERENT and reason is not None:
+            kind, note = SEMANTIC, reason
+        self.cells.append(Cell(group, name, outside, kind, note))
+        assert kind in (EXACT, ROUNDING, SEMANTIC), verdict
+
+    def section(self):
+        counts = Counter(cell.verdict for cell in self.cells)
+        lines = [f"## ComfyUI {self.version}", ""]
+        lines.append(", ".join(f"{counts[k]} {k}" for k in (EXACT, ROUNDING, SEMANTIC)) + f": {len(self.cells)} cells.")
+        for group in dict.fromkeys(cell.group for cell in self.cells):
+            cells = [cell for cell in self.cells if cell.group == group]
+            names = dict.fromkeys(cell.name for cell in cells)
+            columns = dict.fromkeys(cell.outside for cell in cells)
+            table = {(cell.name, cell.outside): cell for cell in cells}
+            lines += ["", f"### {group}", "", f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+            for name in names:
+                texts = []
+                for column in columns:
+                    cell = table.get((name, column))
+                    texts.append("" if cell is None else cell.verdict + (f": {cell.note}" if cell.note else ""))
+                lines.append(f"| {name} | {' | '.join(texts)} |")
+        return "\n".join(lines) + "\n"
+
+    def write(self):
+        old = DOC.read_text(encoding="utf-8") if DOC.exists() else ""
+        sections = {m[1]: m[0] for m in re.finditer(r"^## ComfyUI (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
+        sections[self.version] = self.section()
+        ordered = sorted(sections.items(), key=lambda item: [int(n) for n in item[0].split(".")])
+        DOC.parent.mkdir(exist_ok=True)
+        DOC.write_text(HEAD + "\n" + "\n".join(text.strip() + "\n" for _, text in ordered), encoding="utf-8")

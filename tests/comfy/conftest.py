@@ -1,0 +1,42 @@
+import gc
+import sys
+from types import SimpleNamespace
+
+import comfy_harness as harness
+import pytest
+from comfy_report import Report
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-compatibility", action="store_true", help="write what the ComfyUI matrix measured to docs/"
+    )
+
+
+@pytest.fixture(scope="session")
+def comfyui_path(tmp_path_factory):
+    return harness.find_comfyui(tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def host(comfyui_path):
+    """ComfyUI in this process, with our nodes loaded by its loader."""
+    host = harness.start_comfyui(comfyui_path)
+    gc.freeze()  # The host collects garbage at every run: not over all that it imported.
+    return host
+
+
+@pytest.fixture(scope="session")
+def ours(host):
+    """Our modules as the host imported them."""
+    name = host.ours.__name__
+    patch, guider, sampling = (sys.modules[f"{name}.nodes.{m}"] for m in ("model_patch", "guider", "sampling"))
+    return SimpleNamespace(patch=patch, guider=guider, sampling=sampling, Interval=patch.GuidanceInterval)
+
+
+@pytest.fixture(scope="session")
+def report(host, request):
+    report = Report(host.version)
+    yield report
+    if request.config.getoption("--write-compatibility"):
+        report.write()
