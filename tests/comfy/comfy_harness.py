@@ -148,12 +148,17 @@ def _base_model(kind, seed):
     return model.eval()
 
 
-def tiny_model(kind, seed=0):
-    """A ModelPatcher of one of MODELS, tiny and with random weights; the weights are shared between calls."""
+@functools.cache
+def _patcher(kind, seed):
     from comfy.model_patcher import ModelPatcher
 
     cpu = torch.device("cpu")
     return ModelPatcher(_base_model(kind, seed), load_device=cpu, offload_device=cpu)
+
+
+def tiny_model(kind, seed=0):
+    """A ModelPatcher of one of MODELS, tiny and with random weights; clones share the weights, as in a graph."""
+    return _patcher(kind, seed).clone()
 
 
 def conditioning(seed, tokens=7):

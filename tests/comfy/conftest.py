@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import comfy_harness as harness
 import pytest
+import torch
 from comfy_report import Report
 
 
@@ -23,7 +24,11 @@ def host(comfyui_path):
     """ComfyUI in this process, with our nodes loaded by its loader."""
     host = harness.start_comfyui(comfyui_path)
     gc.freeze()  # The host collects garbage at every run: not over all that it imported.
-    return host
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # The models are too small for more: two threads waiting for each other take 10 times as long.
+    yield host
+    torch.set_num_threads(threads)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
