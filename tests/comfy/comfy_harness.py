@@ -46,9 +46,8 @@ def start_comfyui(path):
 
     args.cpu = True
     import comfyui_version
-    import utils.install_util  # noqa: F401 (before `nodes` puts ComfyUI/comfy, with its utils.py, in front)
-
     import nodes
+    import utils.install_util  # noqa: F401 (before `nodes` puts ComfyUI/comfy, with its utils.py, in front)
 
     async def load():
         await nodes.init_builtin_extra_nodes()
@@ -67,7 +66,7 @@ def run_node(host, name, **inputs):
     types = cls.INPUT_TYPES()
     for key, (kind, *options) in {**types.get("required", {}), **types.get("optional", {})}.items():
         default = options[0].get("default") if options else None
-        if default is None and (options and "options" in options[0] or isinstance(kind, list)):
+        if default is None and ((options and "options" in options[0]) or isinstance(kind, list)):
             default = (kind if isinstance(kind, list) else options[0]["options"])[0]
         if key not in inputs and default is not None:
             inputs[key] = default
@@ -116,7 +115,8 @@ MODELS = ("sd15", "v-prediction", "sdxl", "flow")
 
 def randomize(module, seed):
     generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
+    tables = [(name, b) for name, b in module.named_buffers() if b.is_floating_point()]  # Positions, uninitialized.
+    for name, p in [*module.named_parameters(), *tables]:
         noise = torch.randn(p.shape, generator=generator)
         fan_in = p.numel() // len(p) if p.ndim > 1 and len(p) else 1
         with torch.no_grad():
@@ -164,7 +164,10 @@ def tiny_model(kind, seed=0):
 def conditioning(seed, tokens=7):
     generator = torch.Generator().manual_seed(seed)
     return [
-        [torch.randn(1, tokens, 48, generator=generator), {"pooled_output": torch.randn(1, POOLED, generator=generator)}]
+        [
+            torch.randn(1, tokens, 48, generator=generator),
+            {"pooled_output": torch.randn(1, POOLED, generator=generator)},
+        ]
     ]
 
 
@@ -188,14 +191,16 @@ class Evaluation:
 
 @contextlib.contextmanager
 def counted_rows(*models):
-    """A one-element list: rows of the batches that the models' networks have seen."""
+    """A one-element list: rows of the batches that the models' networks have evaluated."""
     rows = [0]
 
-    def count(module, args, kwargs):
-        rows[0] += (args[0] if args else kwargs["x"]).shape[0]
+    def count(module, args):
+        rows[0] += args[0].shape[0]
 
+    # Their first layer, which sees every row once; a cache that skips the network does so before it.
     networks = {id(m.model): m.model.diffusion_model for m in models}.values()
-    hooks = [net.register_forward_pre_hook(count, with_kwargs=True) for net in networks]
+    embeddings = [net.time_embed if hasattr(net, "time_embed") else net.t_embedder for net in networks]
+    hooks = [embedding.register_forward_pre_hook(count) for embedding in embeddings]
     try:
         yield rows
     finally:

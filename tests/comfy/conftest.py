@@ -25,7 +25,9 @@ def host(comfyui_path):
     host = harness.start_comfyui(comfyui_path)
     gc.freeze()  # The host collects garbage at every run: not over all that it imported.
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # The models are too small for more: two threads waiting for each other take 10 times as long.
+    torch.set_num_threads(
+        1
+    )  # The models are too small for more: two threads waiting for each other take 10 times as long.
     yield host
     torch.set_num_threads(threads)
     gc.unfreeze()
