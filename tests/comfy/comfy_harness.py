@@ -45,9 +45,9 @@ def start_comfyui(path):
     from comfy.cli_args import args
 
     args.cpu = True
+    importlib.import_module("utils.install_util")  # Before `nodes` puts ComfyUI/comfy, with its utils.py, in front.
     import comfyui_version
     import nodes
-    import utils.install_util  # noqa: F401 (before `nodes` puts ComfyUI/comfy, with its utils.py, in front)
 
     async def load():
         await nodes.init_builtin_extra_nodes()

@@ -11,7 +11,14 @@ STEPS = 6
 OUTSIDE = ("conditional only", "keep other patches")
 CFG = 7.0
 # Those of ComfyUI 0.33; a host that lacks one skips it, and test_every_sampler_is_listed names new ones.
-SAMPLERS = ["euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm", "lcm", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2"]
+SAMPLERS = (  # noqa: SIM905 (readable)
+    "euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp heun heunpp2 exp_heun_2_x0 exp_heun_2_x0_sde "
+    "dpm_2 dpm_2_ancestral lms dpm_fast dpm_adaptive dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde "
+    "dpmpp_sde_gpu dpmpp_2m dpmpp_2m_cfg_pp dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_2m_sde_heun "
+    "dpmpp_2m_sde_heun_gpu dpmpp_3m_sde dpmpp_3m_sde_gpu ddpm lcm ipndm ipndm_v deis res_multistep "
+    "res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp gradient_estimation "
+    "gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece ddim uni_pc uni_pc_bh2"
+).split()
 # On the models other than SD1.5: one of each kind.
 KINDS_OF_SAMPLER = ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral", "euler_cfg_pp", "ddim", "uni_pc"]
 
@@ -179,7 +186,7 @@ DIT_NODES = {
     "RenormCFG": {"renorm_cfg": 0.9},
     "APG": {},
     "NAGuidance": {},
-    "EasyCache": {"reuse_threshold": 0.5},
+    "EasyCache": {"reuse_threshold": 20.0},
 }
 STACKS = [("sd15", name) for name in UNET_NODES] + [("flow", name) for name in DIT_NODES]
 

@@ -1,0 +1,298 @@
+"""End to end: a stock ComfyUI server on loopback, our folder in its custom_nodes, every shipped workflow run in it.
+
+Small random checkpoints, made here, stand in for the real ones; the workflows are the files that users open.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+
+import comfy_harness as harness
+import pytest
+import torch
+from PIL import Image
+
+FOLDER = "a clone under any name"
+NODES = {
+    "GuidanceInterval",
+    "GuidanceIntervalPercent",
+    "GuidanceIntervalSteps",
+    "GuidanceIntervalPreset",
+    "GuidanceIntervalGuider",
+    "GuidanceIntervalSchedule",
+    "GuidanceIntervalCompare",
+}
+WORKFLOWS = sorted(path.stem for path in (harness.ROOT / "workflows").glob("*.json"))
+# Text encoders and autoencoders of these have no small stand-in: they are validated and not run.
+NOT_RUN = {"wan_video", "ace_step_audio"}
+SMALL = {"steps": 4, "width": 64, "height": 64, "length": 5, "seconds": 1.0}
+
+
+# ----------------------------------------------------------------------------
+# Stand-ins.
+
+
+def save_checkpoints(host, folder):
+    """sd.safetensors, weak.safetensors (SD1.5's keys and widths, one level deep) and flow.safetensors (SD3's)."""
+    import comfy.model_base as mb
+    import comfy.sd1_clip
+    import comfy.supported_models as sm
+    import safetensors.torch
+    from comfy.taesd.taesd import TAESD
+
+    def half(module, prefix):
+        return {prefix + k: v.half().contiguous() for k, v in module.state_dict().items()}
+
+    clip = comfy.sd1_clip.SDClipModel(dtype=torch.float32).transformer
+    harness.randomize(clip, seed=0)
+    unet = {**harness.UNET, "model_channels": 320, "context_dim": 768, "num_res_blocks": [1], "channel_mult": [1]}
+    unet |= {"transformer_depth": [1], "transformer_depth_output": [1, 1], "dtype": torch.float32}
+    for name, seed in (("sd", 0), ("weak", 1)):
+        model = mb.BaseModel(sm.SD15(dict(unet)), mb.ModelType.EPS)
+        harness.randomize(model.diffusion_model, seed)
+        vae = TAESD(latent_channels=4)
+        harness.randomize(vae, seed=2)
+        weights = half(model.diffusion_model, "model.diffusion_model.") | half(vae, "first_stage_model.")
+        weights |= half(clip, "cond_stage_model.transformer.")
+        safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+
+    mmdit = {**harness.MMDIT, "adm_in_channels": 2048, "dtype": torch.float32}
+    mmdit["context_embedder_config"] = {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": 4096, "out_features": 128},
+    }
+    model = mb.SD3(sm.SD3(mmdit))
+    harness.randomize(model.diffusion_model, seed=0)
+    vae = TAESD(latent_channels=16)
+    harness.randomize(vae, seed=2)
+    weights = half(model.diffusion_model, "model.diffusion_model.") | half(vae, "first_stage_model.")
+    weights |= half(clip, "text_encoders.clip_l.transformer.")
+    safetensors.torch.save_file(weights, folder / "flow.safetensors")
+
+
+# ----------------------------------------------------------------------------
+# The server.
+
+
+class Server:
+    def __init__(self, url, folder):
+        self.url, self.folder = url, folder
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def post(self, path, body):
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def run(self, prompt, timeout=180):
+        """The outputs of each node of a prompt, {node id: outputs}; fails with the server's error."""
+        number = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{number}").get(number)
+            if history and history["status"]["completed"]:
+                return history["outputs"]
+            if history and history["status"]["status_str"] == "error":
+                pytest.fail(json.dumps(history["status"]["messages"][-1])[:2000])
+            time.sleep(0.2)
+        pytest.fail(f"not finished after {timeout} s")
+
+    def image(self, entry):
+        return Image.open(self.folder / entry["type"] / entry.get("subfolder", "") / entry["filename"]).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def server(host, comfyui_path, tmp_path_factory):
+    base = tmp_path_factory.mktemp("server")
+    for name in ("custom_nodes", "models/checkpoints", "input", "output", "temp", "user"):
+        (base / name).mkdir(parents=True)
+    listed = ["git", "-C", str(harness.ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
+        source, target = harness.ROOT / name, base / "custom_nodes" / FOLDER / name
+        if name and source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    save_checkpoints(host, base / "models" / "checkpoints")
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(base / "input" / "example.png")
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    command += ["--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(base / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=comfyui_path, stdout=log, stderr=subprocess.STDOUT, env=env)
+    server = Server(f"http://127.0.0.1:{port}", base)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                server.get("/system_stats")
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail("the server did not start:\n" + (base / "log.txt").read_text()[-3000:])
+                time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.get("/object_info")
+
+
+# ----------------------------------------------------------------------------
+# From the file that a user opens to what the front end sends.
+
+
+def node_inputs(info):
+    """[(name, type, options)] in the order of the node's widgets."""
+    fields = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    return [(name, field[0], field[1] if len(field) > 1 else {}) for name, field in fields.items()]
+
+
+def to_prompt(workflow, object_info):
+    """API format of a workflow in UI format; asserts that every node exists and every link fits."""
+    links = {link[0]: link for link in workflow["links"]}
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        assert node["type"] in object_info, f"{node['type']} is missing"
+        linked = {i["name"]: i["link"] for i in node["inputs"] if i["link"] is not None}
+        values = iter(node["widgets_values"])
+        inputs = {}
+        for name, kind, options in node_inputs(object_info[node["type"]]):
+            is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            if is_widget:
+                inputs[name] = next(values)
+                if options.get("control_after_generate") or options.get("image_upload"):
+                    next(values)
+            if name in linked:
+                _, source, slot, target, _, link_type = links[linked[name]]
+                assert target == node["id"]
+                output = object_info[by_id[source]["type"]]["output"][slot]
+                assert link_type == output and kind in (output, "*"), (node["type"], name)
+                inputs[name] = [str(source), slot]
+        assert next(values, None) is None
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def shrink(prompt):
+    """The same prompt with stand-ins for the checkpoints, few steps and small pictures."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs |= {k: v for k, v in SMALL.items() if k in inputs and not isinstance(inputs[k], list)}
+        if "ckpt_name" in inputs:
+            name = inputs["ckpt_name"]
+            inputs["ckpt_name"] = "flow" if "sd3" in name else "weak" if "0.9" in name else "sd"
+            inputs["ckpt_name"] += ".safetensors"
+    return prompt
+
+
+def load_workflow(name):
+    return json.loads((harness.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def images_of(server, outputs):
+    return [server.image(i) for output in outputs.values() for i in output.get("images", ())]
+
+
+# ----------------------------------------------------------------------------
+
+
+def test_nodes_are_listed_with_tooltips(object_info):
+    assert set(object_info) >= NODES
+    for name in NODES:
+        info = object_info[name]
+        assert info["category"] == "sampling/guidance interval"
+        assert info["description"]
+        for field, _, options in node_inputs(info):
+            assert options.get("tooltip"), f"{name}.{field}"
+
+
+def test_templates_help_and_locales_are_served(server):
+    assert sorted(server.get("/workflow_templates")[FOLDER]) == WORKFLOWS
+    folder = urllib.request.quote(FOLDER)
+    for name in WORKFLOWS:
+        served = server.get(f"/api/workflow_templates/{folder}/{name}.json")
+        assert any(node["type"] == "MarkdownNote" for node in served["nodes"])
+        assert (harness.ROOT / "workflows" / f"{name}.jpg").exists()
+    for name in NODES:
+        with urllib.request.urlopen(f"{server.url}/extensions/{folder}/docs/{name}.md", timeout=30) as response:
+            assert response.read().startswith(b"#")
+    translations = server.get("/i18n")
+    for language in ("en", "ja"):
+        assert set(translations[language]["nodeDefs"]) >= NODES
+
+
+def test_locales_name_what_exists(object_info):
+    for language in ("en", "ja"):
+        path = harness.ROOT / "locales" / language / "nodeDefs.json"
+        for name, texts in json.loads(path.read_text(encoding="utf-8")).items():
+            fields = {field for field, _, _ in node_inputs(object_info[name])}
+            assert set(texts.get("inputs", {})) == fields, (language, name)
+            assert len(texts["outputs"]) == len(object_info[name]["output"]), (language, name)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows(server, object_info, name):
+    prompt = to_prompt(load_workflow(name), object_info)
+    assert any(node["class_type"] in NODES for node in prompt.values())
+    if name in NOT_RUN:
+        return
+    images = images_of(server, server.run(shrink(prompt)))
+    assert images
+    for image in images:
+        assert any(low != high for low, high in image.getextrema())  # Not one colour: not black, not NaN.
+
+
+def test_an_open_interval_gives_the_same_picture_as_plain_cfg(server, object_info):
+    def picture(sigma_lo, sigma_hi, plain=False):
+        prompt = shrink(to_prompt(load_workflow("sdxl_ksampler"), object_info))
+        (ours,) = (key for key, node in prompt.items() if node["class_type"] == "GuidanceInterval")
+        (sampler,) = (node for node in prompt.values() if node["class_type"] == "KSampler")
+        prompt[ours]["inputs"] |= {"sigma_lo": sigma_lo, "sigma_hi": sigma_hi}
+        if plain:
+            sampler["inputs"]["model"] = prompt.pop(ours)["inputs"]["model"]
+        return images_of(server, server.run(prompt))[0].tobytes()
+
+    stock = picture(0, 0, plain=True)
+    assert picture(0.0, 1000.0) == stock
+    assert picture(0.28, 5.42) != stock
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"sigma_lo": 5.0, "sigma_hi": 1.0}, "sigma_lo must be below sigma_hi"),
+        ({"sigma_lo": -1.0, "sigma_hi": 1.0}, "must not be negative"),
+        ({"sigma_lo": float("nan"), "sigma_hi": 1.0}, "NaN"),
+    ],
+)
+def test_bad_bounds_are_refused_before_anything_is_queued(server, object_info, bounds, message):
+    prompt = shrink(to_prompt(load_workflow("sdxl_ksampler"), object_info))
+    for node in prompt.values():
+        if node["class_type"] == "GuidanceInterval":
+            node["inputs"] |= bounds
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post("/prompt", {"prompt": prompt})
+    assert refused.value.code == 400
+    assert message in refused.value.read().decode()
