@@ -186,7 +186,7 @@ DIT_NODES = {
     "RenormCFG": {"renorm_cfg": 0.9},
     "APG": {},
     "NAGuidance": {},
-    "EasyCache": {"reuse_threshold": 20.0},
+    "LazyCache": {"reuse_threshold": 0.5},
 }
 STACKS = [("sd15", name) for name in UNET_NODES] + [("flow", name) for name in DIT_NODES]
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-FOLDER = "a clone under any name"
+FOLDER = "any-name"
 NODES = {
     "GuidanceInterval",
     "GuidanceIntervalPercent",
