@@ -37,14 +37,14 @@ def find_comfyui(scratch):
     return copy
 
 
-def start_comfyui(path):
+def start_comfyui(path, cpu=True):
     """ComfyUI in this process: its modules, its nodes by name, and ours, loaded by its own loader."""
     if ROOT.name in ("comfy", "nodes"):  # pytest imports the root of a clone under the clone's name.
         sys.modules.pop(ROOT.name, None)
     sys.path.insert(0, str(path))  # First: `nodes` must be ComfyUI's, wherever the tests are started from.
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = cpu
     importlib.import_module("utils.install_util")  # Before `nodes` puts ComfyUI/comfy, with its utils.py, in front.
     import comfyui_version
     import nodes
@@ -149,16 +149,15 @@ def _base_model(kind, seed):
 
 
 @functools.cache
-def _patcher(kind, seed):
+def _patcher(kind, seed, device):
     from comfy.model_patcher import ModelPatcher
 
-    cpu = torch.device("cpu")
-    return ModelPatcher(_base_model(kind, seed), load_device=cpu, offload_device=cpu)
+    return ModelPatcher(_base_model(kind, seed), load_device=device, offload_device=torch.device("cpu"))
 
 
-def tiny_model(kind, seed=0):
+def tiny_model(kind, seed=0, device=torch.device("cpu")):  # noqa: B008
     """A ModelPatcher of one of MODELS, tiny and with random weights; clones share the weights, as in a graph."""
-    return _patcher(kind, seed).clone()
+    return _patcher(kind, seed, device).clone()
 
 
 def conditioning(seed, tokens=7):
