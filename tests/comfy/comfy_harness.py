@@ -274,12 +274,17 @@ def evaluate_cond(guider, x, sigma, model_options, seed):
     return comfy.samplers.calc_cond_batch(guider.inner_model, [guider.conds["positive"]], x, sigma, model_options)[0]
 
 
-def evaluate_cond_twice(guider, x, sigma, model_options, seed):
-    """Every patch of the stack, at weight 1 and with the conditional prediction in uncond's place, evaluated too."""
+def evaluate_patches_on_cond(guider, x, sigma, model_options, seed):
+    """Every patch of the stack, at weight 1 and with the conditional prediction, evaluated once, as uncond too."""
     import comfy.samplers
 
     positive = guider.conds["positive"]
-    options = {**model_options, "disable_cfg1_optimization": True}
+
+    def once(args):
+        cond = comfy.samplers.calc_cond_batch(args["model"], [positive], x, sigma, args["model_options"])[0]
+        return [cond, cond.clone()]
+
+    options = {**model_options, "sampler_calc_cond_batch_function": once, "disable_cfg1_optimization": True}
     return comfy.samplers.sampling_function(guider.inner_model, x, sigma, positive, positive, 1.0, options, seed)
 
 
@@ -322,7 +327,7 @@ def judge(stack, patch, sampler_name, sigmas, latent, guided, outside="condition
     """The Verdict on every evaluation of a run.
 
     stack(patch) -> a guider, built anew, with `patch(model)` applied in the chain where the cell wants it.
-    guided(sigma) -> whether an evaluation lies in the interval.
+    guided(sigma) -> whether an evaluation lies in the interval. outside: which reference is right outside of it.
     """
     import comfy.samplers
 
@@ -337,11 +342,8 @@ def judge(stack, patch, sampler_name, sigmas, latent, guided, outside="condition
         sampler = comfy.samplers.sampler_object(sampler_name)
         evaluations, final = record(guider, sampler, sigmas, latent, rows, cfg_pp, **kwargs)
         stock = replay(stack(same), evaluate_stock, evaluations, sigmas, latent, rows, cfg_pp, **kwargs)
-        evaluate = evaluate_cond if outside == "conditional only" else evaluate_cond_twice
+        evaluate = evaluate_cond if outside == "conditional only" else evaluate_patches_on_cond
         cond = replay(stack(same), evaluate, evaluations, sigmas, latent, rows, **kwargs)
-        if outside != "conditional only":
-            alone = replay(stack(same), evaluate_cond, evaluations, sigmas, latent, rows, **kwargs)
-            cond = [Evaluation(c.x, c.sigma, c.out, c.rows - a.rows, None) for c, a in zip(cond, alone, strict=True)]
     assert evaluations and torch.isfinite(final).all()
     inside, outsides, flags = [0.0], [0.0], []
     for e, s, c in zip(evaluations, stock, cond, strict=True):

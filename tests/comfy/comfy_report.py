@@ -17,7 +17,7 @@ ComfyUI and compares every single evaluation, from the same x, with references t
 
 - inside the interval, with the same chain of nodes without ours;
 - outside, with the conditional prediction evaluated alone (`conditional only`), or with all other patches acting on
-  it (`keep other patches`);
+  it at weight 1 (`keep other patches`);
 - the rows that the network evaluated, with the least possible: those references' own.
 
 `exact` is equality bit for bit and in rows. `exact up to rounding` is equality in rows, and in values up to the given
@@ -39,12 +39,15 @@ class Report:
         self.version = version
         self.cells = []
 
-    def add(self, group, name, outside, verdict, reason=None):
-        """Keep a harness.Verdict and assert that it is exact, or different for the reason that the test gives."""
+    def add(self, group, name, outside, verdict, reason=None, stated=False):
+        """Keep a harness.Verdict and assert that it is exact, or different for the reason that the test gives.
+
+        stated: the reference itself embodies the reason, and the cell must be exact against it.
+        """
         kind, note = verdict.kind, ""
         if kind == ROUNDING:
             note = f"{verdict.error:.0e}"
-        if kind == DIFFERENT and reason is not None:
+        if reason is not None and stated == (kind != DIFFERENT):
             kind, note = SEMANTIC, reason
         self.cells.append(Cell(group, name, outside, kind, note))
         assert kind in (EXACT, ROUNDING, SEMANTIC), verdict

@@ -49,7 +49,7 @@ class Case:
             model = patch(model)
         return self.guider(model, self.positive, self.negative)
 
-    def judge(self, outside, sampler="euler", latent=None, steps=STEPS, **kwargs):
+    def judge(self, outside, sampler="euler", latent=None, steps=STEPS, reference=None, **kwargs):
         interval = self.ours.patch.in_edm_units(self.ours.Interval(*INTERVAL))
         own = interval(self.stack(lambda m: m).model_patcher.get_model_object("model_sampling"))
 
@@ -58,7 +58,7 @@ class Case:
 
         latent = harness.empty_latent(self.kind) if latent is None else latent
         sigmas = sigmas_of(self.kind, steps)
-        verdict = harness.judge(self.stack, patch, sampler, sigmas, latent, own.mask, outside, **kwargs)
+        verdict = harness.judge(self.stack, patch, sampler, sigmas, latent, own.mask, reference or outside, **kwargs)
         assert any(verdict.guided) and not all(verdict.guided)
         return verdict
 
@@ -190,14 +190,15 @@ DIT_NODES = {
 }
 STACKS = [("sd15", name) for name in UNET_NODES] + [("flow", name) for name in DIT_NODES]
 
-# Why a cell is neither exact nor exact up to rounding: {(node, outside or None for both): reason}.
+# Why a cell is neither exact nor exact up to rounding: {node: reason}.
 CACHED = "a cache of the steps before, which were not the same steps: it may reuse at another step"
 REASONS = {
-    ("EasyCache", None): CACHED,
-    ("LazyCache", None): CACHED,
-    ("APG with momentum", None): "a running mean over evaluations; those outside are not in it, or are conditional",
-    ("SelfAttentionGuidance", "keep other patches"): "needs the unconditional pass, so it acts inside alone",
+    "EasyCache": CACHED,
+    "LazyCache": CACHED,
+    "APG with momentum": "a running mean over evaluations; those outside are not in it, or are conditional",
 }
+# It needs the unconditional pass, so that nothing of it is left outside: {(node, outside): reason}.
+ACTS_INSIDE_ALONE = {("SelfAttentionGuidance", "keep other patches"): "reads the unconditional pass: acts inside alone"}
 
 
 @pytest.mark.parametrize("outside", OUTSIDE)
@@ -213,16 +214,20 @@ def test_stacks(host, ours, report, kind, name, before, outside):
         return harness.run_node(host, node, model=model, **inputs)[0]
 
     steps = 16 if "Cache" in name else STEPS  # Caches act on the steps in between.
-    verdict = Case(ours, kind, [add], before).judge(outside, latent=harness.empty_latent(kind, size=16), steps=steps)
+    stated = ACTS_INSIDE_ALONE.get((name, outside))
+    reference = "conditional only" if stated else outside
+    latent = harness.empty_latent(kind, size=16)
+    verdict = Case(ours, kind, [add], before).judge(outside, latent=latent, steps=steps, reference=reference)
     if "Cache" in name:
         assert 0 in verdict.rows  # It did act.
-    reason = REASONS.get((name, outside), REASONS.get((name, None)))
+    reason = stated or REASONS.get(name)
     report.add(
         f"Other nodes, {kind}",
         f"{'ours, ' if before else ''}{name}{'' if before else ', ours'}",
         outside,
         verdict,
         reason,
+        stated=bool(stated),
     )
 
 
