@@ -147,6 +147,9 @@ class GuidanceIntervalPercent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, start_percent, end_percent):
+        problem = cls.validate_inputs(start_percent, end_percent)  # Again: linked inputs are known only now.
+        if problem is not True:
+            raise ValueError(problem)
         return io.NodeOutput(model_patch.patch_model(model, model_patch.in_percent(start_percent, end_percent)))
 
 

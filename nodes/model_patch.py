@@ -6,7 +6,6 @@ unchanged; outside it evaluates the conditional prediction alone, whichever guid
 runs: what a run needs to remember lives in the guider's `model_options`, which the host clones for each run.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable
@@ -207,13 +206,11 @@ def _keep_patches(executor, run, x, sigma, model_options, seed):
 
 
 def _without_uncond(run, model_options):
-    options = copy.copy(model_options)
-    options[PRE_CFG] = [_uncond_is_cond, *model_options.get(PRE_CFG, ())]
-    functions = model_options.get(POST_CFG, ())
-    options[POST_CFG] = [fn for fn in functions if not _reads_uncond_pass(fn)]
-    if len(options[POST_CFG]) < len(functions):
+    post_cfg = model_options.get(POST_CFG, ())
+    kept = [fn for fn in post_cfg if not _reads_uncond_pass(fn)]
+    if len(kept) < len(post_cfg):
         run.say("Self-Attention Guidance reads the unconditional pass, so it acts inside the interval alone")
-    return options
+    return {**model_options, PRE_CFG: [_uncond_is_cond, *model_options.get(PRE_CFG, ())], POST_CFG: kept}
 
 
 def _uncond_is_cond(args):

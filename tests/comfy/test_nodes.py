@@ -181,6 +181,44 @@ def node_options(host, name, field):
     return kind if isinstance(kind, list) else options["options"]
 
 
+@pytest.mark.parametrize("name", ["KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"])
+def test_sampler_nodes(host, name):
+    """All of them sample 6 karras steps, 2 of them guided; KSamplerAdvanced in two stages."""
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
+    conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2)}
+    latent = {"samples": harness.empty_latent("sd15")}
+    common = {"model": model, "cfg": 7.0, **conds, "latent_image": latent}
+    sampler = node(host, "KSamplerSelect", sampler_name="euler")[0]
+    with torch.inference_mode(), harness.counted_rows(model) as rows:
+        if name == "KSampler":
+            node(host, name, **common, seed=1, steps=6, sampler_name="euler", scheduler="karras")
+        elif name == "KSamplerAdvanced":
+            common |= {"noise_seed": 1, "steps": 6, "sampler_name": "euler", "scheduler": "karras"}
+            stage = {
+                "add_noise": "enable",
+                "start_at_step": 0,
+                "end_at_step": 3,
+                "return_with_leftover_noise": "enable",
+            }
+            common["latent_image"] = node(host, name, **common, **stage)[0]
+            assert rows == [1 + 1 + 2]
+            stage = {
+                "add_noise": "disable",
+                "start_at_step": 3,
+                "end_at_step": 6,
+                "return_with_leftover_noise": "disable",
+            }
+            node(host, name, **common, **stage)
+        elif name == "SamplerCustom":
+            node(host, name, **common, add_noise=True, noise_seed=1, sampler=sampler, sigmas=sigmas_of(model))
+        else:
+            guider = node(host, "CFGGuider", model=model, cfg=7.0, **conds)[0]
+            noise = node(host, "RandomNoise", noise_seed=1)[0]
+            inputs = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas_of(model)}
+            node(host, name, **inputs, latent_image=latent)
+    assert rows == [6 + 2]
+
+
 def test_guider_without_a_second_model_is_cfg(host):
     plain = harness.tiny_model("sd15")
     conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2)}
@@ -291,6 +329,14 @@ NAN = float("nan")
 )
 def test_refused(host, name, inputs, message):
     assert message in host.nodes[name].validate_inputs(**inputs)
+
+
+def test_linked_inputs_are_refused_when_they_are_known(host):
+    plain = harness.tiny_model("sd15")
+    with pytest.raises(ValueError, match="sigma_lo must be below"):
+        node(host, "GuidanceInterval", model=plain, sigma_lo=2.0, sigma_hi=1.0)
+    with pytest.raises(ValueError, match="start_percent < end_percent"):
+        node(host, "GuidanceIntervalPercent", model=plain, start_percent=0.9, end_percent=0.1)
 
 
 @pytest.mark.parametrize(
