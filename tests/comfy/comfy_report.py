@@ -8,6 +8,7 @@ from comfy_harness import DIFFERENT, EXACT, ROOT, ROUNDING
 
 DOC = ROOT / "docs" / "compatibility.md"
 SEMANTIC = "documented semantic"
+RANK = {EXACT: 0, ROUNDING: 1, SEMANTIC: 2}  # From best to worst.
 HEAD = """\
 # What was tested in ComfyUI, cell by cell
 
@@ -35,9 +36,10 @@ class Cell:
 
 
 class Report:
-    def __init__(self, version):
+    def __init__(self, version, writing):
         self.version = version
         self.cells = []
+        self.written = {} if writing else _read().get(version, {})
 
     def add(self, group, name, outside, verdict, reason=None, stated=False):
         """Keep a harness.Verdict and assert that it is exact, or different for the reason that the test gives.
@@ -50,7 +52,9 @@ class Report:
         if reason is not None and stated == (kind != DIFFERENT):
             kind, note = SEMANTIC, reason
         self.cells.append(Cell(group, name, outside, kind, note))
-        assert kind in (EXACT, ROUNDING, SEMANTIC), verdict
+        assert kind in RANK, verdict
+        said = self.written.get((group, name, outside), kind)
+        assert RANK[kind] <= RANK[said], f"{DOC.name} says {said!r}, but it is {kind!r}"
 
     def section(self):
         counts = Counter(cell.verdict for cell in self.cells)
@@ -71,9 +75,32 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def write(self):
-        old = DOC.read_text(encoding="utf-8") if DOC.exists() else ""
-        sections = {m[1]: m[0] for m in re.finditer(r"^## ComfyUI (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
+        sections = _sections()
         sections[self.version] = self.section()
         ordered = sorted(sections.items(), key=lambda item: [int(n) for n in item[0].split(".")])
         DOC.parent.mkdir(exist_ok=True)
         DOC.write_text(HEAD + "\n" + "\n".join(text.strip() + "\n" for _, text in ordered), encoding="utf-8")
+
+
+def _sections():
+    """{version: its text} of the document as it is."""
+    old = DOC.read_text(encoding="utf-8") if DOC.exists() else ""
+    return {m[1]: m[0] for m in re.finditer(r"^## ComfyUI (\S+)\n.*?(?=^## |\Z)", old, re.M | re.S)}
+
+
+def _read():
+    """{version: {(group, name, outside): verdict}} of the document as it is."""
+    versions = {}
+    for version, text in _sections().items():
+        cells = versions[version] = {}
+        group = columns = None
+        for line in text.splitlines():
+            if line.startswith("### "):
+                group = line[4:]
+            elif line.startswith("| | "):
+                columns = [c.strip() for c in line.strip("|").split("|")[1:]]
+            elif line.startswith("| ") and "---" not in line:
+                name, *verdicts = (c.strip() for c in line.strip("|").split("|"))
+                for column, verdict in zip(columns, verdicts, strict=True):
+                    cells[group, name, column] = verdict.split(": ")[0]
+    return versions

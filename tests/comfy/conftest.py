@@ -43,7 +43,9 @@ def ours(host):
 
 @pytest.fixture(scope="session")
 def report(host, request):
-    report = Report(host.version)
+    """Collects what the matrix measures, and checks it against docs/compatibility.md or writes it there."""
+    writing = request.config.getoption("--write-compatibility")
+    report = Report(host.version, writing)
     yield report
-    if request.config.getoption("--write-compatibility"):
+    if writing:
         report.write()
