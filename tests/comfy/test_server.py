@@ -181,16 +181,16 @@ def to_prompt(workflow, object_info):
         for name, kind, options in node_inputs(object_info[node["type"]]):
             is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
             if is_widget:
-                inputs[name] = next(values)
+                inputs[name] = next(values, options.get("default"))  # A newer host's node may have more widgets.
                 if options.get("control_after_generate") or options.get("image_upload"):
-                    next(values)
+                    next(values, None)
             if name in linked:
                 _, source, slot, target, _, link_type = links[linked[name]]
                 assert target == node["id"]
                 output = object_info[by_id[source]["type"]]["output"][slot]
                 assert link_type == output and kind in (output, "*"), (node["type"], name)
                 inputs[name] = [str(source), slot]
-        assert next(values, None) is None
+        assert node["type"] not in NODES or next(values, None) is None  # The host's own may have lost some.
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 
