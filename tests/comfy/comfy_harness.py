@@ -41,6 +41,7 @@ def start_comfyui(path, cpu=True):
     """ComfyUI in this process: its modules, its nodes by name, and ours, loaded by its own loader."""
     if ROOT.name in ("comfy", "nodes"):  # pytest imports the root of a clone under the clone's name.
         sys.modules.pop(ROOT.name, None)
+    search_path = sys.path.copy()
     sys.path.insert(0, str(path))  # First: `nodes` must be ComfyUI's, wherever the tests are started from.
     from comfy.cli_args import args
 
@@ -54,6 +55,7 @@ def start_comfyui(path, cpu=True):
         assert await nodes.load_custom_node(str(ROOT))
 
     asyncio.run(load())
+    sys.path[:] = search_path  # All is imported; other tests are not to meet ComfyUI's `tests` or `utils`.
     ours = sys.modules[str(ROOT).replace(".", "_x_")]
     return SimpleNamespace(
         path=Path(path), version=comfyui_version.__version__, nodes=nodes.NODE_CLASS_MAPPINGS, ours=ours

@@ -254,6 +254,8 @@ def test_locales_name_what_exists(object_info):
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflows(server, object_info, name):
+    if name == "ace_step_audio" and "VAEDecodeAudio" not in object_info:
+        pytest.skip("a ComfyUI without torchaudio has no audio nodes")
     prompt = to_prompt(load_workflow(name), object_info)
     assert any(node["class_type"] in NODES for node in prompt.values())
     if name in NOT_RUN:
