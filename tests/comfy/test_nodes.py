@@ -1,5 +1,6 @@
 """The nodes, one by one, in the real ComfyUI: what they set, what they say, what they refuse."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -226,6 +227,31 @@ def test_guider_without_a_second_model_is_cfg(host):
     rows, final = rows_of(plain, guider=guider)
     assert rows == [1, 1, 2, 2, 1, 1]
     assert torch.equal(final, rows_of(node(host, "GuidanceInterval", model=plain)[0])[1])
+
+
+def test_a_second_model_evaluates_the_negative(host):
+    plain, weak = harness.tiny_model("sd15"), harness.tiny_model("sd15", seed=1)
+    conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2), "cfg": 3.0}
+    everywhere = {"model": plain, "sigma_lo": 0.0, "sigma_hi": 1000.0, **conds}
+
+    def final(**inputs):
+        return rows_of(plain, guider=node(host, "GuidanceIntervalGuider", **everywhere, **inputs)[0])[1]
+
+    autoguided = final(model_negative=weak)
+    assert torch.allclose(final(model_negative=plain), final(), rtol=1e-3, atol=1e-2)  # With itself it is CFG.
+    assert not torch.allclose(autoguided, final(), rtol=1e-3, atol=1e-2)
+    if "DualModelGuider" in host.nodes:
+        core = node(host, "DualModelGuider", model=plain, model_negative=weak, **conds)[0]
+        assert torch.equal(autoguided, rows_of(plain, guider=core)[1])
+
+
+def test_the_patch_survives_the_copies_that_the_host_makes(host, ours):
+    """Of a model for another GPU it deep-copies the wrappers."""
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0].clone()
+    interval = ours.patch.model_interval(model)
+    model.wrappers = copy.deepcopy(model.wrappers)
+    assert ours.patch.model_interval(model) == interval
+    assert rows_of(model)[0] == [1, 1, 2, 2, 1, 1]
 
 
 def test_rows_at_different_noise_levels_are_judged_each_by_its_own(host):
