@@ -43,7 +43,7 @@ def run(host, args):
     import comfy.model_management
     import comfy.samplers
 
-    patch = sys.modules[f"{host.ours.__name__}.nodes.model_patch"]
+    patch = harness.our_module(host, "model_patch")
     device = comfy.model_management.get_torch_device()
     plain = harness.tiny_model("sd15", device=device)
     ours = patch.patch_model(plain, patch.in_edm_units(patch.GuidanceInterval(*INTERVAL)))

@@ -48,7 +48,7 @@ def _sigma_hi():
     return io.Float.Input("sigma_hi", default=5.42, min=0.0, max=SIGMA_MAX, step=0.01, round=False, tooltip=tip)
 
 
-def _cfg(default=8.0, tooltip="Guidance weight inside the interval. Intervals bear, and like, a higher one."):
+def _cfg(default=8.0, tooltip="Guidance weight inside the interval; the best one is usually higher than without."):
     return io.Float.Input("cfg", default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
 
 

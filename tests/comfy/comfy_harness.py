@@ -62,6 +62,11 @@ def start_comfyui(path, cpu=True):
     )
 
 
+def our_module(host, name):
+    """A module of our nodes/, as the host imported it."""
+    return sys.modules[f"{host.ours.__name__}.nodes.{name}"]
+
+
 def run_node(host, name, **inputs):
     """The outputs of a node, V1 or V3, as a tuple. Inputs that are not given have the node's defaults."""
     cls = host.nodes[name]
@@ -172,7 +177,7 @@ def conditioning(seed, tokens=7):
     ]
 
 
-def empty_latent(kind, batch=1, size=8, frames=None):
+def empty_latent(kind, batch=1, size=8):
     channels = 16 if kind == "flow" else 4
     return torch.zeros(batch, channels, size, size)
 
@@ -221,7 +226,7 @@ def _with_uncond(model_options, seen):
     return comfy.model_patcher.set_model_options_post_cfg_function(options, post_cfg, disable_cfg1_optimization=True)
 
 
-def sample(guider, sampler, sigmas, latent, seed=0, noise_mask=None, callback=None):
+def sample(guider, sampler, sigmas, latent, seed=0, noise_mask=None):
     torch.manual_seed(seed)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
     return guider.sample(noise, latent, sampler, sigmas, denoise_mask=noise_mask, disable_pbar=True, seed=seed)

@@ -1,5 +1,4 @@
 import gc
-import sys
 from types import SimpleNamespace
 
 import comfy_harness as harness
@@ -36,9 +35,8 @@ def host(comfyui_path):
 @pytest.fixture(scope="session")
 def ours(host):
     """Our modules as the host imported them."""
-    name = host.ours.__name__
-    patch, guider, sampling = (sys.modules[f"{name}.nodes.{m}"] for m in ("model_patch", "guider", "sampling"))
-    return SimpleNamespace(patch=patch, guider=guider, sampling=sampling, Interval=patch.GuidanceInterval)
+    patch = harness.our_module(host, "model_patch")
+    return SimpleNamespace(patch=patch, Interval=patch.GuidanceInterval)
 
 
 @pytest.fixture(scope="session")

@@ -125,11 +125,8 @@ def two_models(host, node, model, positive, negative):
 
 
 def our_two_models(host, model, positive, negative):
-    import sys
-
-    from comfy_harness import tiny_model
-
-    guider = sys.modules[f"{host.ours.__name__}.nodes.guider"].TwoModelGuider(model, tiny_model("sd15", seed=1))
+    weak = harness.tiny_model("sd15", seed=1)
+    guider = harness.our_module(host, "guider").TwoModelGuider(model, weak)
     guider.set_conds(positive, negative)
     guider.set_cfg(CFG)
     return guider

@@ -252,6 +252,17 @@ def test_locales_name_what_exists(object_info):
             assert len(texts["outputs"]) == len(object_info[name]["output"]), (language, name)
 
 
+def test_english_says_the_same_in_the_node_its_locale_and_its_help(object_info):
+    english = json.loads((harness.ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for name in NODES:
+        assert english[name]["display_name"] == object_info[name]["display_name"]
+        assert english[name]["description"] == object_info[name]["description"]
+        help_page = (harness.ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for field, _, options in node_inputs(object_info[name]):
+            assert english[name]["inputs"][field]["tooltip"] == options["tooltip"], (name, field)
+            assert f"| `{field}` | {options['tooltip']} |".replace("\n", "<br>") in help_page, (name, field)
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflows(server, object_info, name):
     if name == "ace_step_audio" and "VAEDecodeAudio" not in object_info:
