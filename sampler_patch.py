@@ -59,6 +59,14 @@ class GuidanceInterval:
         """
         return (sigma > self.sigma_lo) & (sigma <= self.sigma_hi)
 
+    def guides(self, sigma):
+        """Which rows are guided, as a list: the `mask` of `sigma` [B], for a decision on the host.
+
+        One copy to the host (a sync, where sigma is on an accelerator) and no kernel.
+        """
+        lo, hi = _rounded(self.sigma_lo, sigma.dtype), _rounded(self.sigma_hi, sigma.dtype)
+        return [lo < level <= hi for level in sigma.tolist()]
+
     def warn_if_unused(self, sigmas):
         """Warn when no noise level of a schedule (1-D tensor) lies in the interval; return whether one does."""
         used = bool(self.mask(sigmas).any())
@@ -73,6 +81,12 @@ class GuidanceInterval:
 
     def __str__(self):
         return f"({self.sigma_lo:.4g}, {self.sigma_hi:.4g}]"
+
+
+@functools.lru_cache
+def _rounded(value, dtype):
+    """A number as a tensor of that dtype holds it, for comparison as in `GuidanceInterval.mask`."""
+    return torch.tensor(value, dtype=dtype).item()
 
 
 class CFGDenoiser(nn.Module):
@@ -149,11 +163,10 @@ class CFGDenoiser(nn.Module):
         """Index of the guided rows, or None when all are."""
         if self.plan is not None and (self.per_step or sigma.device.type != "cpu"):
             return None if self._next_in_plan(sigma) else ()
-        lo, hi = (_rounded(bound, sigma.dtype) for bound in (self.interval.sigma_lo, self.interval.sigma_hi))
-        levels = sigma.tolist()  # The one host sync.
-        rows = [i for i, level in enumerate(levels) if lo < level <= hi]
-        if len(rows) == len(levels):
+        guides = self.interval.guides(sigma)  # The one host sync.
+        if all(guides):
             return None
+        rows = [i for i, guided in enumerate(guides) if guided]
         return torch.tensor(rows).to(sigma.device, non_blocking=True) if rows else ()
 
     def _plan(self, sigmas):
@@ -188,12 +201,6 @@ class CFGDenoiser(nn.Module):
         if at_end:
             self.seen = []
         return guided
-
-
-@functools.lru_cache
-def _rounded(value, dtype):
-    """A number as a tensor of that dtype holds it, for comparison as in `GuidanceInterval.mask`."""
-    return torch.tensor(value, dtype=dtype).item()
 
 
 def evaluation_sigmas(sampler, *args, **kwargs):

@@ -7,9 +7,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Give a temporary name beside `path`; move it into place at the end, or remove it after an error."""
+    """Give a temporary name beside `path`; move it into place at the end, or remove it after an error.
+
+    The name is always the same, so what a killed process left there is overwritten and moved by the next.
+    """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.tmp")
     try:
         yield tmp
         os.replace(tmp, path)

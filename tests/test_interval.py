@@ -47,6 +47,7 @@ def test_mask_is_membership_of_each_element(interval, values, dtype):
     assert mask.dtype == torch.bool and mask.shape == sigma.shape
     lo, hi = torch.tensor([interval.sigma_lo, interval.sigma_hi], dtype=torch.float64).to(dtype).tolist()
     assert mask.flatten().tolist() == [lo < s <= hi for s in sigma.flatten().tolist()]
+    assert interval.guides(sigma.flatten()) == mask.flatten().tolist()
     for s, m in zip(sigma.flatten(), mask.flatten(), strict=True):
         assert (s in interval) == m
 
