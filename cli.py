@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 
 import torch
@@ -16,6 +17,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     try:
         args.run(args)
+    except BrokenPipeError:  # `guidance-interval info | head`: the reader has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as e:
         print(f"guidance-interval: error: {e}", file=sys.stderr)
         return 2

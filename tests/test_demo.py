@@ -161,3 +161,9 @@ def test_info_of_a_bad_schedule(capsys):
 def test_python_m_is_the_command():
     done = subprocess.run([sys.executable, "-m", "guidance_interval", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "0.1.0"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m guidance_interval info --steps 5000 | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("karras schedule, 5000 steps") and not done.stderr
