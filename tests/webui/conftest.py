@@ -17,6 +17,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+torch.set_num_threads(1)  # Of tiny models.
+
 PATHS = {"a1111": os.environ.get("A1111_PATH"), "forge": os.environ.get("FORGE_PATH")}
 ARGS = (
     "--skip-version-check --skip-python-version-check --skip-torch-cuda-test --no-download-sd-model "
@@ -124,9 +126,10 @@ def _clip_folder(folder):
 
     folder.mkdir()
     encoder = open_clip.tokenizer.SimpleTokenizer().encoder
-    encoder = {k.replace("<start_of_text>", "<|startoftext|>").replace("<end_of_text>", "<|endoftext|>"): v
-               for k, v in encoder.items()}  # fmt: skip
-    merges = gzip.open(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz").read().decode().split("\n")
+    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    encoder = {renamed.get(k, k): v for k, v in encoder.items()}
+    packed = (Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    merges = gzip.decompress(packed).decode().split("\n")
     (folder / "vocab.json").write_text(json.dumps(encoder))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges[1 : 49152 - 256 - 2 + 1]]))
     special = {"unk_token": "<|endoftext|>", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
@@ -236,7 +239,7 @@ class Judge:
                 pred = pred * denoiser.nmask + denoiser.init_latent * denoiser.mask
             return pred, count, True
         skip = shared.opts.data.get("skip_early_cond", 0.0)
-        shared.opts.data["skip_early_cond"] = 1.0  # The host's own skip: cond alone, but not the mean for AND.
+        shared.opts.data["skip_early_cond"] = 1e9  # The host's own skip: cond alone, but not the mean for AND.
         try:
             out, rows, _ = self.evaluate(real, denoiser, x, sigma, kwargs)
         finally:

@@ -15,11 +15,11 @@ FEATURES = {
 }
 
 
-def samplers():
-    return [
-        "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 2S a", "DPM++ 3M SDE", "Euler a", "Euler",
-        "LMS", "Heun", "DPM2", "DPM2 a", "DPM fast", "DPM adaptive", "Restart", "DDIM", "DDIM CFG++", "PLMS", "UniPC", "LCM",
-    ]  # fmt: skip
+SAMPLERS = [
+    "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 2S a", "DPM++ 3M SDE", "Euler a", "Euler",
+    "LMS", "Heun", "DPM2", "DPM2 a", "DPM fast", "DPM adaptive", "Restart", "DDIM", "DDIM CFG++", "PLMS", "UniPC",
+    "LCM",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def ours(webui):
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("sampler", samplers())
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_call(judge, generate, ours, monkeypatch, report, sampler, feature):
     from modules import shared
 
@@ -49,4 +49,4 @@ def test_every_call(judge, generate, ours, monkeypatch, report, sampler, feature
 def test_all_samplers_are_tested(webui):
     from modules import sd_samplers
 
-    assert {s.name for s in sd_samplers.all_samplers} == set(samplers())
+    assert {s.name for s in sd_samplers.all_samplers} == set(SAMPLERS)
