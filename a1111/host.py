@@ -40,8 +40,7 @@ def begin(p, enabled, *controls):
     if settings is None:
         return
     setattr(p, ATTRIBUTE, Run(settings))
-    if settings.interval is not None:
-        p.extra_generation_params.update(settings.infotext(getattr(p, "enable_hr", False)))
+    p.extra_generation_params.update(settings.infotext(getattr(p, "enable_hr", False)))
 
 
 def chosen(p, enabled, controls):

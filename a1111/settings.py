@@ -42,7 +42,12 @@ class Settings:
         return not (hires_pass and self.passes == FIRST_PASS)
 
     def infotext(self, hires):
-        """The entries for the image's parameters; `hires`: whether the generation has a second pass."""
+        """The entries for the image's parameters; `hires`: whether the generation has a second pass.
+
+        None where the interval says what the host's CFG does without us, or what a CFG scale of 1 says.
+        """
+        if self.interval in (None, GuidanceInterval()):
+            return {}
         text = {INTERVAL_KEY: format_interval(self.interval)}
         if hires and self.passes != BOTH_PASSES:
             text[PASSES_KEY] = self.passes
@@ -80,9 +85,7 @@ def preset_of(sigma_lo, sigma_hi):
 
 
 def format_interval(interval):
-    """`sigma_lo-sigma_hi`, exact and without exponents, whose minus would read as the dash; None is "none"."""
-    if interval is None:
-        return "none"
+    """`sigma_lo-sigma_hi`, exact and without exponents, whose minus would read as the dash."""
     return "-".join(_format_number(s) for s in (interval.sigma_lo, interval.sigma_hi))
 
 

@@ -80,6 +80,11 @@ def test_every_interval_survives_the_infotext(a, b):
     assert set(text) <= set("0123456789.-") and text.count("-") == 1
 
 
+def test_what_the_host_does_anyway_is_not_written():
+    assert st.Settings(GuidanceInterval()).infotext(hires=True) == {}
+    assert st.Settings(None).infotext(hires=True) == {}
+
+
 def test_open_ends_and_small_numbers_survive():
     for interval in (GuidanceInterval(), GuidanceInterval(1e-7, 80)):
         assert st.parse_interval(st.format_interval(interval)) == interval
