@@ -31,7 +31,10 @@ FORGE_ARGS = " --always-cpu --all-in-fp32"
 
 
 def pytest_collection_modifyitems(items):
+    """Skip what needs a web UI that is not there; with both variables set, Automatic1111 is the one."""
     for item in items:
+        if PATHS["a1111"] and {"a1111", "forge"} & {m.name for m in item.iter_markers()} == {"forge"}:
+            item.add_marker(pytest.mark.skip(reason="A1111_PATH is set: one web UI in a process"))
         variables = {f"{host.upper()}_PATH": path for host, path in PATHS.items() if host in item.keywords}
         if variables and not any(variables.values()):
             reason = f"{' and '.join(variables)} name no checkout of the web UI"
@@ -153,9 +156,6 @@ def _boot_forge(data):
     from modules_forge.initialization import initialize_forge
 
     initialize_forge()
-    from modules import initialize
-
-    initialize.imports()
     import safetensors.torch
     from backend.nn.unet import IntegratedUNet2DConditionModel
     from backend.nn.vae import IntegratedAutoencoderKL
@@ -166,8 +166,8 @@ def _boot_forge(data):
     parts = {
         "model.diffusion_model.": IntegratedUNet2DConditionModel.from_config(
             {"in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [1, 1],
-             "channel_mult": [1, 1], "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1],
-             "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8, "num_head_channels": -1}
+             "use_spatial_transformer": True, "channel_mult": [1, 1], "transformer_depth": [1, 1],
+             "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8, "num_head_channels": -1}
         ),
         "first_stage_model.": IntegratedAutoencoderKL.from_config(IntegratedAutoencoderKL.load_config(repo / "vae")),
         "cond_stage_model.transformer.": CLIPTextModel(CLIPTextConfig.from_pretrained(repo / "text_encoder")),
@@ -292,8 +292,11 @@ class Judge:
         assert rows == count
         if all(len(p) == 1 for p in prompts):
             return out, count, True
-        if self.host == "forge":  # The mean is the host's own cond.
-            return self.preds, count, True
+        if self.host == "forge":  # The mean is the host's own cond, as noise for its timestep samplers.
+            if not denoiser.classic_ddim_eps_estimation:
+                return self.preds, count, True
+            level = self.level(denoiser, sigma)
+            return (x * (level**2 + 1) ** 0.5 - self.preds) / level, count, False
         means = [sum(self.preds[i] * w for i, w in p) / sum(w for _, w in p) for p in prompts]
         return torch.stack(means), count, False
 

@@ -72,7 +72,7 @@ def test_inpaint(judge, generate, st, report, image, mask, sampler, soft):
     from modules import scripts
 
     judged = judge(st.from_controls(*CONTROLS))
-    found = [s for s in scripts.scripts_img2img.alwayson_scripts if s.title() == "Soft Inpainting"]
+    found = [s for s in scripts.scripts_img2img.alwayson_scripts if s.title().lower() == "soft inpainting"]
     values = {} if not soft else {"others": [(found[0], [True])]}
     generate(accordion=ON, image=image, mask=mask, sampler_name=sampler, inpainting_fill=1, **values)
     report(sampler, "soft inpaint" if soft else "inpaint", judged)
@@ -81,11 +81,12 @@ def test_inpaint(judge, generate, st, report, image, mask, sampler, soft):
 
 @pytest.mark.parametrize("controls", [CONTROLS, FIRST])
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM"])
-def test_hires_fix(judge, generate, st, report, sampler, controls):
+def test_hires_fix(webui, judge, generate, st, report, sampler, controls):
     judged = judge(st.from_controls(*controls))
+    more = {} if webui.host == "a1111" else {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
     _, processed = generate(
         accordion=[True, *controls], sampler_name=sampler, enable_hr=True, hr_scale=2, hr_upscaler="Latent",
-        denoising_strength=0.7,
+        denoising_strength=0.7, **more,
     )  # fmt: skip
     report(sampler, "hires" if controls is CONTROLS else "hires, first pass", judged)
     judged.check()

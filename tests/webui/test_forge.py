@@ -1,0 +1,41 @@
+"""In the real Forge or reForge: every denoiser call judged against the unpatched host, sampler by feature."""
+
+import pytest
+
+pytestmark = pytest.mark.forge
+
+INTERVAL = ["custom", 0.28, 5.42, "Both passes"]
+FEATURES = {
+    "plain": {},
+    "AND": {"prompt": "a cat :1.2 AND a dog :0.6", "batch_size": 2},
+    "unequal": {"prompt": "a cat, " * 60},
+}
+
+
+SAMPLERS = [
+    "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 2S a", "DPM++ 3M SDE", "Euler a", "Euler",
+    "LMS", "Heun", "DPM2", "DPM2 a", "DPM fast", "DPM adaptive", "Restart", "HeunPP2", "IPNDM", "IPNDM_V", "DEIS",
+    "DDIM", "DDIM CFG++", "PLMS", "UniPC", "LCM", "DDPM",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_call(judge, generate, report, sampler, feature):
+    from guidance_interval.a1111 import settings
+    from modules import sd_samplers
+
+    if sampler not in sd_samplers.all_samplers_map:
+        pytest.skip(f"this host has no sampler {sampler!r}")
+    judged = judge(settings.from_controls(*INTERVAL))
+    p, _ = generate(accordion=[True, *INTERVAL], sampler_name=sampler, steps=6, **FEATURES[feature])
+    report(sampler, feature, judged)
+    judged.check()
+    assert p.sampler_name == sampler
+    assert any(c["guided"] for c in judged.calls)
+
+
+def test_all_samplers_are_tested(webui):
+    from modules import sd_samplers
+
+    assert {s.name for s in sd_samplers.all_samplers} <= set(SAMPLERS)
