@@ -163,15 +163,25 @@ def _boot_forge(data):
 
     repo = Path("backend/huggingface/runwayml/stable-diffusion-v1-5").resolve()
     torch.manual_seed(0)
+    unet = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "channel_mult": [1, 1],
+        "num_res_blocks": [1, 1],
+        "use_spatial_transformer": True,
+        "transformer_depth": [1, 1],
+        "transformer_depth_output": [1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+        "context_dim": 768,
+        "num_heads": 8,
+        "num_head_channels": -1,
+    }
     parts = {
-        "model.diffusion_model.": IntegratedUNet2DConditionModel.from_config(
-            {"in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [1, 1],
-             "use_spatial_transformer": True, "channel_mult": [1, 1], "transformer_depth": [1, 1],
-             "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": 768, "num_heads": 8, "num_head_channels": -1}
-        ),
+        "model.diffusion_model.": IntegratedUNet2DConditionModel.from_config(unet),
         "first_stage_model.": IntegratedAutoencoderKL.from_config(IntegratedAutoencoderKL.load_config(repo / "vae")),
         "cond_stage_model.transformer.": CLIPTextModel(CLIPTextConfig.from_pretrained(repo / "text_encoder")),
-    }  # fmt: skip
+    }
     weights = {}
     for prefix, model in parts.items():
         _randomize(model)
