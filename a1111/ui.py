@@ -23,10 +23,11 @@ def remember(component, elem_id):
         _seen[tab][name] = component
 
 
-def controls(tab, name):
+def controls(tab, name, opened=None):
     """Build preset, sigma_lo, sigma_hi and passes, which are returned in this order, and the picture.
 
-    tab: "txt2img" or "img2img"; name: begins the elem_ids, so that dropdown and accordion have their own.
+    tab: "txt2img" or "img2img"; name: begins the elem_ids, so that dropdown and accordion have their own;
+    opened: a component whose change draws the picture anew, for the model may have been loaded since.
     """
 
     def elem_id(item):
@@ -70,7 +71,7 @@ def controls(tab, name):
     preset.change(choose, [preset, *bounds], bounds, show_progress=False)
     for bound in bounds:
         bound.change(st.preset_of, bounds, preset, show_progress=False)
-    for component in [*bounds, *schedule]:
+    for component in [*bounds, *schedule, *([] if opened is None else [opened])]:
         component.change(draw, [*bounds, *schedule], html, show_progress=False)
     return [preset, sigma_lo, sigma_hi, passes]
 

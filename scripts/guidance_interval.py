@@ -47,7 +47,7 @@ class Accordion(scripts.Script):
     def ui(self, is_img2img):
         tab = "img2img" if is_img2img else "txt2img"
         with InputAccordion(False, label=settings.TITLE, elem_id=f"{tab}_guidance_interval") as enabled:
-            components = ui.controls(tab, "guidance_interval")
+            components = ui.controls(tab, "guidance_interval", enabled)
         self.infotext_fields = ui.paste_fields(enabled, components)
         self.paste_field_names = list(settings.KEYS)
         return [enabled, *components]

@@ -425,17 +425,50 @@ def generate(webui):
     return run
 
 
+@pytest.fixture
+def image(webui):
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def mask(webui):
+    from PIL import Image
+
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 16, 48, 48))
+    return mask
+
+
+@pytest.fixture
+def checkpoint(webui):
+    """`checkpoint("inpainting")` loads another of the tiny models; the first comes back afterwards."""
+    from modules import sd_models, shared
+
+    def load(name):
+        shared.opts.data["sd_model_checkpoint"] = f"{name}.ckpt"
+        sd_models.reload_model_weights()
+
+    yield load
+    load("tiny")
+
+
 # ----------------------------------------------------------------------------
 # The table of docs/a1111.md.
 
-_table = {}
+_table, _facts = {}, {}
 
 
 @pytest.fixture(scope="session")
 def report():
-    """`report(row, column, judge)` notes a cell of the table that the run ends with."""
+    """`report(row, column, judge or text)` notes a cell of the tables that the run ends with."""
 
     def note(row, column, judged):
+        if isinstance(judged, str):
+            _facts.setdefault(row, {})[column] = judged
+            return
         rows, stock = judged.total
         good = sum(c["good"] for c in judged.calls)
         _table.setdefault(row, {})[column] = f"{good}/{len(judged.calls)}, {rows} of {stock}"
@@ -444,12 +477,17 @@ def report():
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not _table:
-        return
-    columns = list(dict.fromkeys(c for row in _table.values() for c in row))
+    titles = {
+        "calls judged right / calls, network rows of those with CFG everywhere": _table,
+        "network rows of those with CFG everywhere, or what happened": _facts,
+    }
     write = terminalreporter.write_line
-    write("calls judged right / calls, network rows of those with CFG everywhere")
-    write("| | " + " | ".join(columns) + " |")
-    write("|---" * (len(columns) + 1) + "|")
-    for name, row in _table.items():
-        write(f"| {name} | " + " | ".join(row.get(c, "") for c in columns) + " |")
+    for title, table in titles.items():
+        if not table:
+            continue
+        columns = list(dict.fromkeys(c for row in table.values() for c in row))
+        write(title)
+        write("| | " + " | ".join(columns) + " |")
+        write("|---" * (len(columns) + 1) + "|")
+        for name, row in table.items():
+            write(f"| {name} | " + " | ".join(row.get(c, "") for c in columns) + " |")

@@ -20,38 +20,8 @@ def st(webui):
     return settings
 
 
-@pytest.fixture
-def image(webui):
-    import numpy as np
-    from PIL import Image
-
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-
-
-@pytest.fixture
-def mask(webui):
-    from PIL import Image
-
-    mask = Image.new("L", (64, 64), 0)
-    mask.paste(255, (16, 16, 48, 48))
-    return mask
-
-
 def pixels(processed):
     return [image.tobytes() for image in processed.images]
-
-
-@pytest.fixture
-def checkpoint(webui):
-    """`checkpoint("inpainting")` loads another of the tiny models; the first comes back afterwards."""
-    from modules import sd_models, shared
-
-    def load(name):
-        shared.opts.data["sd_model_checkpoint"] = f"{name}.ckpt"
-        sd_models.reload_model_weights()
-
-    yield load
-    load("tiny")
 
 
 # ----------------------------------------------------------------------------
