@@ -39,3 +39,29 @@ def test_all_samplers_are_tested(webui):
     from modules import sd_samplers
 
     assert {s.name for s in sd_samplers.all_samplers} <= set(SAMPLERS)
+
+
+@pytest.mark.parametrize("other", ["PerturbedAttentionGuidance", "DynamicThresholding", "FreeU"])
+def test_the_hosts_own_patches(judge, generate, other):
+    """They go on acting: a guided call is theirs, an unguided one starts from the conditional prediction."""
+    from guidance_interval.a1111 import settings
+    from modules import scripts
+
+    found = [s for s in scripts.scripts_txt2img.alwayson_scripts if s.title().startswith(other)]
+    if not found:
+        pytest.skip(f"this host has no {other}")
+    judged = judge(settings.from_controls(*INTERVAL))
+    generate(accordion=[True, *INTERVAL], steps=6, others=[(found[0], [True])])
+    judged.check()
+
+
+def test_self_attention_guidance_keeps_its_uncond(judge, generate):
+    from modules import scripts
+
+    found = [s for s in scripts.scripts_txt2img.alwayson_scripts if s.title().startswith("SelfAttentionGuidance")]
+    if not found:
+        pytest.skip("this host has no SelfAttentionGuidance")
+    _, stock = generate(steps=6, others=[(found[0], [True])])
+    _, limited = generate(accordion=[True, *INTERVAL], steps=6, others=[(found[0], [True])])
+    assert limited.images[0].tobytes() != stock.images[0].tobytes()
+    assert len(set(limited.images[0].tobytes())) > 16  # No NaN, which shows as one colour.
