@@ -311,8 +311,10 @@ class Judge:
         means = [sum(self.preds[i] * w for i, w in p) / sum(w for _, w in p) for p in prompts]
         return torch.stack(means), count, False
 
-    def check(self):
+    def check(self, both=False):
+        """Raise if a call differs, or with `both` if not both kinds of call occurred."""
         assert self.calls
+        assert not both or {c["guided"] for c in self.calls} == {True, False}
         bad = [c for c in self.calls if not c["good"]]
         assert not bad, f"{len(bad)} of {len(self.calls)} calls differ: {bad[:3]}"
 
