@@ -1,5 +1,7 @@
 """In the real Forge or reForge: every denoiser call judged against the unpatched host, sampler by feature."""
 
+from pathlib import Path
+
 import pytest
 
 pytestmark = pytest.mark.forge
@@ -38,7 +40,8 @@ def test_every_call(judge, generate, report, sampler, feature):
 def test_all_samplers_are_tested(webui):
     from modules import sd_samplers
 
-    assert {s.name for s in sd_samplers.all_samplers} <= set(SAMPLERS)
+    if Path("backend").is_dir():  # Forge; reForge has many more.
+        assert {s.name for s in sd_samplers.all_samplers} <= set(SAMPLERS)
 
 
 @pytest.mark.parametrize("other", ["PerturbedAttentionGuidance", "DynamicThresholding", "FreeU"])
@@ -64,4 +67,21 @@ def test_self_attention_guidance_keeps_its_uncond(judge, generate):
     _, stock = generate(steps=6, others=[(found[0], [True])])
     _, limited = generate(accordion=[True, *INTERVAL], steps=6, others=[(found[0], [True])])
     assert limited.images[0].tobytes() != stock.images[0].tobytes()
-    assert len(set(limited.images[0].tobytes())) > 16  # No NaN, which shows as one colour.
+    assert len(set(limited.images[0].tobytes())) > 2  # No NaN, which shows as one colour.
+
+
+def test_the_samplers_of_reforge(judge, generate, report):
+    """Those that Forge does not have, one after the other."""
+    from guidance_interval.a1111 import settings
+    from modules import sd_samplers
+
+    wrong = {}
+    for name in [s.name for s in sd_samplers.all_samplers if s.name not in SAMPLERS]:
+        judged = judge(settings.from_controls(*INTERVAL))
+        generate(accordion=[True, *INTERVAL], sampler_name=name, steps=4)
+        report(name, "plain", judged)
+        # One sampler makes NaN of right predictions, with CFG everywhere as well.
+        bad = [c for c in judged.calls if not c["good"] and not c["nan"]]
+        if bad or not judged.calls:
+            wrong[name] = bad[:1]
+    assert not wrong
