@@ -52,9 +52,13 @@ def test_inpaint(judge, generate, st, report, image, mask, sampler, soft):
 
 @pytest.mark.parametrize("controls", [NARROW, FIRST])
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM"])
-def test_hires_fix(webui, judge, generate, st, report, sampler, controls):
+def test_hires_fix(judge, generate, st, report, sampler, controls):
     judged = judge(st.from_controls(*controls))
-    more = {} if webui.host == "a1111" else {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
+    from modules.processing import StableDiffusionProcessingTxt2Img
+
+    known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
+    more = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
+    more = {name: value for name, value in more.items() if name in known}
     _, processed = generate(
         accordion=[True, *controls], sampler_name=sampler, enable_hr=True, hr_scale=2, hr_upscaler="Latent",
         denoising_strength=0.7, **more,
