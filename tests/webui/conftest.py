@@ -33,12 +33,15 @@ FORGE_ARGS = " --always-cpu --all-in-fp32"
 def pytest_collection_modifyitems(items):
     """Skip what needs a web UI that is not there; with both variables set, Automatic1111 is the one."""
     for item in items:
-        if PATHS["a1111"] and {"a1111", "forge"} & {m.name for m in item.iter_markers()} == {"forge"}:
-            item.add_marker(pytest.mark.skip(reason="A1111_PATH is set: one web UI in a process"))
-        variables = {f"{host.upper()}_PATH": path for host, path in PATHS.items() if host in item.keywords}
-        if variables and not any(variables.values()):
-            reason = f"{' and '.join(variables)} name no checkout of the web UI"
-            item.add_marker(pytest.mark.skip(reason=reason))
+        wanted = {m.name for m in item.iter_markers()} & PATHS.keys()  # Not keywords: those hold folder names.
+        running = "a1111" if PATHS["a1111"] else "forge"
+        if not wanted:
+            continue
+        if not PATHS[running]:
+            variables = " or ".join(f"{host.upper()}_PATH" for host in sorted(wanted))
+            item.add_marker(pytest.mark.skip(reason=f"needs {variables}: the path of a checkout of the web UI"))
+        elif running not in wanted:
+            item.add_marker(pytest.mark.skip(reason=f"is not for {running}, the web UI of this run"))
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ def test_an_interrupt_a_skip_and_an_error_leave_nothing(generate, how):
         calls.append(params)
         if len(calls) == 3:
             if how == "error":
-                params.x = None  # The host fails on it.
+                params.text_cond = None  # The host fails on it.
             else:
                 setattr(shared.state, how, True)
 
