@@ -1,0 +1,241 @@
+"""One denoiser call of Automatic1111, Forge or reForge: judged, and cut to its conditional rows outside the interval.
+
+The hosts announce each call to `on_cfg_denoiser` callbacks, just before they evaluate the network. What is put
+in place there lasts for that call; the settings stand on the processing object `p`. So an error, an
+interrupt or the refiner's change of model leaves nothing behind, and no two generations share anything.
+
+Outside, the denoised output is the conditional prediction D(x; sigma, c). For prompts joined by AND it is the
+mean of theirs, by weight: sum(w c) / sum(w).
+"""
+
+import torch
+
+from ..noise_level import alpha_bar_to_sigma, flow_time_to_sigma
+
+ATTRIBUTE = "guidance_interval"  # Where a Run stands on `p`.
+
+
+class Run:
+    """One generation: its Settings, and what was counted.
+
+    calls: denoiser calls that were judged. rows: batch rows that the network evaluated in them.
+    unknown: why the calls could not be patched, or None.
+    """
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.calls = self.rows = 0
+        self.unknown = None
+
+
+def on_cfg_denoiser(params):
+    """The callback, for any generation; does nothing unless a Run stands on its `p`."""
+    denoiser = getattr(params, "denoiser", None)
+    p = getattr(denoiser, "p", None)
+    run = getattr(p, ATTRIBUTE, None)
+    if run is None or run.unknown is not None:
+        return
+    patch = _patch_for(params)
+    if patch is None:
+        run.unknown = f"{type(denoiser).__name__} evaluates its model in a way that is not known"
+        return
+    run.calls += 1
+    guided = True
+    if params.text_uncond is not None and run.settings.covers(getattr(p, "is_hr_pass", False)):
+        guided = run.settings.guides(noise_levels(denoiser, params.sigma))
+    patch(params, run, guided)
+
+
+def _patch_for(params):
+    """By what the host offers: Forge's unet patcher, or A1111's module that takes cond and uncond as rows."""
+    inner = getattr(params.denoiser, "inner_model", None)
+    if hasattr(getattr(inner, "inner_model", None), "forge_objects"):
+        return _patch_forge
+    if isinstance(inner, torch.nn.Module) and hasattr(params.denoiser, "combine_denoised"):
+        cond, uncond = num_rows(params.text_cond), num_rows(params.text_uncond)
+        if params.x.shape[0] in (cond + uncond, cond + 2 * uncond):  # 2: InstructPix2Pix
+            return _patch_a1111
+    return None
+
+
+# ----------------------------------------------------------------------------
+# Noise levels.
+
+
+def noise_levels(denoiser, sigma):
+    """The host's `sigma`, [rows], in the units of k-diffusion: x = x0 + sigma n.
+
+    A1111's timestep samplers (DDIM, PLMS, UniPC) pass a timestep, and flow-matching models a time in [0, 1].
+    """
+    inner = denoiser.inner_model
+    forge = getattr(getattr(inner, "inner_model", None), "forge_objects", None)
+    if forge is not None:
+        model = forge.unet.model
+        schedule = getattr(getattr(model, "predictor", None) or model.model_sampling, "sigmas", None)
+    else:
+        schedule = getattr(inner, "sigmas", None)
+        if schedule is None:
+            return timestep_to_sigma(sigma, inner.inner_model.alphas_cumprod)
+    if schedule is not None and float(schedule[-1]) <= 1:  # No model of another kind ends so low.
+        return flow_time_to_sigma(sigma.double().clamp(0, 1))
+    return sigma
+
+
+def timestep_to_sigma(timestep, alphas_cumprod):
+    """sigma = sqrt((1 - abar) / abar) at a timestep that may be fractional; between two, log sigma is linear.
+
+    timestep: [rows]; alphas_cumprod: [timesteps], decreasing. Returns float64 [rows] on the CPU.
+    """
+    log_sigmas = alpha_bar_to_sigma(alphas_cumprod).log()
+    t = timestep.detach().cpu().double().clamp(0, len(log_sigmas) - 1)
+    low = t.floor().long().clamp(max=len(log_sigmas) - 2)
+    return torch.lerp(log_sigmas[low], log_sigmas[low + 1], t - low).exp()
+
+
+# ----------------------------------------------------------------------------
+# Automatic1111. The host asks its inner model for the rows of cond, then of uncond, in one batch or several.
+
+
+def _patch_a1111(params, run, guided):
+    inner = params.denoiser.inner_model  # Made anew when the refiner takes over: looked up at every call.
+    forward = inner.forward
+    if isinstance(forward, _Rows):
+        forward = forward.forward
+    inner.forward = _Rows(forward, inner, params, run, guided)
+
+
+class _Rows:
+    """Stands for `inner.forward` during one denoiser call, which it counts and, if unguided, cuts."""
+
+    def __init__(self, forward, inner, params, run, guided):
+        self.forward = forward
+        self.inner = inner
+        self.params = params
+        self.run = run
+        self.guided = guided
+        self.seen = 0
+        self.conds = []
+
+    def __call__(self, x, sigma, **kwargs):
+        num_cond = num_rows(self.params.text_cond)  # Read late: another extension may have changed it.
+        batch = x.shape[0]
+        keep = batch if self.guided else min(max(num_cond - self.seen, 0), batch)
+        out = [self.forward(x, sigma, **kwargs)] if keep == batch else []
+        if 0 < keep < batch:
+            out = [self.forward(x[:keep], sigma[:keep], **take_rows(kwargs, keep, batch))]
+        self.run.rows += keep
+        if not self.guided:
+            self.conds += out
+            out = out + [self.conditional(row - num_cond) for row in range(self.seen + keep, self.seen + batch)]
+        self.seen += batch
+        if self.seen >= self.params.x.shape[0]:
+            self.remove()
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def conditional(self, row):
+        """The conditional prediction [1, ...] of the image that this row, counted from the first uncond, is for."""
+        weights = prompt_weights(self.params)
+        image = row % len(weights)
+        first = sum(len(w) for w in weights[:image])
+        return weighted_mean(torch.cat(self.conds)[first : first + len(weights[image])], weights[image])
+
+    def remove(self):
+        if self.inner.__dict__.get("forward") is self:
+            del self.inner.forward
+            if self.inner.forward != self.forward:
+                self.inner.forward = self.forward
+
+
+def num_rows(cond):
+    """Rows of a cond: a tensor [rows, ...], or a dict of them (SDXL)."""
+    return 0 if cond is None else len(next(iter(cond.values())) if isinstance(cond, dict) else cond)
+
+
+def take_rows(value, keep, batch):
+    """The first `keep` rows of every tensor [batch, ...] in nested dicts, lists and tuples; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value[:keep] if value.shape[:1] == (batch,) else value
+    if isinstance(value, dict):
+        return {k: take_rows(v, keep, batch) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(take_rows(v, keep, batch) for v in value)
+    return value
+
+
+def prompt_weights(params):
+    """The weights of the prompts that AND joins, `[[w, ...] of each image]`."""
+    conds = params.denoiser.sampler.sampler_extra_args["cond"]
+    return [[prompt.weight for prompt in prompts] for prompts in conds.batch]
+
+
+def weighted_mean(preds, weights):
+    """sum(w preds) / sum(w), [1, ...], of predictions [prompts, ...].
+
+    One prompt gives its prediction, to the bit. Where the weights do not add up to more than 0 there is no
+    mean: the prompts of positive weight have one, and without any the first prompt stands.
+    """
+    if len(weights) == 1:
+        return preds
+    if sum(weights) <= 0:
+        weights = [max(w, 0.0) for w in weights]
+    if sum(weights) <= 0:
+        return preds[:1]
+    w = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return (preds * w.to(preds).view(-1, *[1] * (preds.ndim - 1))).sum(0, keepdim=True)
+
+
+# ----------------------------------------------------------------------------
+# Forge and reForge. The unet patcher's last conditioning modifier has the last word on cond, uncond and weight.
+
+
+def _patch_forge(params, run, guided):
+    objects = params.denoiser.inner_model.inner_model.forge_objects
+    unet = objects.unet
+    if isinstance(unet, _OneCall):  # An error stopped the last call before its modifiers ran.
+        unet = unet.unet
+
+    def modifier(model, x, timestep, uncond, cond, cond_scale, model_options, seed):
+        objects.unet = unet
+        if not guided:
+            cond_scale = 1.0  # With which the host leaves uncond out.
+            model_options = conditional_only(model_options, unet.model_options)
+        evaluates_uncond = uncond is not None and (
+            abs(cond_scale - 1) > 1e-9 or model_options.get("disable_cfg1_optimization", False)
+        )
+        run.rows += x.shape[0] * (len(cond) + (len(uncond) if evaluates_uncond else 0))
+        return model, x, timestep, uncond, cond, cond_scale, model_options, seed
+
+    modifiers = unet.model_options.get("conditioning_modifiers", [])
+    objects.unet = _OneCall(unet, {**unet.model_options, "conditioning_modifiers": [*modifiers, modifier]})
+
+
+class _OneCall:
+    """A unet patcher with other model_options; its clone() would deep-copy what other extensions keep there."""
+
+    def __init__(self, unet, model_options):
+        self.unet = unet
+        self.model_options = model_options
+
+    def __getattr__(self, name):
+        return getattr(self.unet, name)
+
+
+def conditional_only(model_options, unet_options):
+    """`model_options` for an unguided call, whose own functions after CFG start from the conditional prediction.
+
+    They are kept, since masks work through them, and take uncond = cond. A patch of the unet that insists on
+    uncond (SAG) gets it evaluated; a CFG++ sampler of reForge, which asks through its own options, does not.
+    """
+    options = {**model_options}
+    options.pop("sampler_cfg_function", None)  # Another formula for guidance, and there is none.
+    insists = unet_options.get("disable_cfg1_optimization", False)
+    options["disable_cfg1_optimization"] = insists
+
+    def start(args):
+        uncond = args["uncond_denoised"]
+        if uncond is not None and not insists:
+            uncond.copy_(args["cond_denoised"])  # In place: DDIM CFG++ reads it after the last function.
+        return args["cond_denoised"]
+
+    options["sampler_post_cfg_function"] = [start, *options.get("sampler_post_cfg_function", [])]
+    return options

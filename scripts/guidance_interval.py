@@ -1,0 +1,96 @@
+"""Guidance Interval for Automatic1111, Forge and reForge: a dropdown script and an accordion over one patch."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import gradio as gr
+from modules import processing, script_callbacks, scripts
+from modules.ui_components import InputAccordion
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_package():
+    """The extension's folder as a package, loaded once; extensions share sys.modules, so not by a bare import."""
+    for name in ("guidance_interval", "guidance_interval_extension"):
+        loaded = sys.modules.get(name)
+        if loaded is not None and Path(loaded.__file__).resolve().parent == ROOT:
+            return loaded
+        if loaded is None:
+            break
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    package = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+_name = load_package().__name__
+host, patch, settings, ui, compare = (
+    importlib.import_module(f"{_name}.a1111.{module}") for module in ("host", "patch", "settings", "ui", "compare")
+)
+
+
+class Accordion(scripts.Script):
+    """Always visible, for X/Y/Z plot, other scripts and the API, which finds the first script of a title."""
+
+    def title(self):
+        return settings.TITLE
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def after_component(self, component, **kwargs):
+        ui.remember(component, kwargs.get("elem_id"))
+
+    def ui(self, is_img2img):
+        tab = "img2img" if is_img2img else "txt2img"
+        with InputAccordion(False, label=settings.TITLE, elem_id=f"{tab}_guidance_interval") as enabled:
+            components = ui.controls(tab, "guidance_interval", enabled)
+        self.infotext_fields = ui.paste_fields(enabled, components)
+        self.paste_field_names = list(settings.KEYS)
+        return [enabled, *components]
+
+    def process(self, p, *args):
+        host.begin(p, *args)
+
+    def postprocess_batch(self, p, *args, **kwargs):
+        host.check(p)
+
+    def postprocess(self, p, processed, *args):
+        host.end(p)
+
+
+class Dropdown(scripts.Script):
+    """The same from the list of scripts, with the comparison."""
+
+    def title(self):
+        return settings.TITLE
+
+    def ui(self, is_img2img):
+        tab = "img2img" if is_img2img else "txt2img"
+        components = ui.controls(tab, "guidance_interval_script")
+        compared = gr.Checkbox(
+            False,
+            label="Compare: CFG everywhere, interval, conditional only",
+            elem_id=f"{tab}_guidance_interval_script_compare",
+        )
+        return [*components, compared]
+
+    def run(self, p, *args):
+        *controls, compared = args
+        accordion = next(s for s in p.scripts.alwayson_scripts if isinstance(s, Accordion))
+        if p.script_args[accordion.args_from]:
+            raise ValueError(
+                "Guidance Interval is on twice: choose the script in the dropdown or the accordion, not both"
+            )
+        chosen = settings.from_controls(*controls)
+        if compared:
+            return compare.run(p, chosen)
+        setattr(p, host.SETTINGS_ATTRIBUTE, chosen)
+        return processing.process_images(p)
+
+
+script_callbacks.on_cfg_denoiser(patch.on_cfg_denoiser)
+script_callbacks.on_before_ui(host.add_axes)
