@@ -116,19 +116,53 @@ MMDIT = {
     "num_patches": 256,
     "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 128}},
 }
+WAN = {
+    "model_type": "t2v",
+    "in_dim": 16,
+    "out_dim": 16,
+    "dim": 64,
+    "ffn_dim": 128,
+    "freq_dim": 64,
+    "text_dim": 48,
+    "num_heads": 4,
+    "num_layers": 2,
+}
+ACE = {
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "mlp_ratio": 2.0,
+    "max_position": 256,
+    "text_embedding_dim": 48,
+    "lyric_encoder_vocab_size": 100,
+    "lyric_hidden_size": 64,
+    "ssl_latent_dims": [16, 16],
+}
 POOLED = 64
 MODELS = ("sd15", "v-prediction", "sdxl", "flow")
+TIMED = ("video", "audio")  # Wan 2.1 and ACE-Step: latents with a length.
+FLOW = ("flow", *TIMED)
 
 
 def randomize(module, seed):
     generator = torch.Generator().manual_seed(seed)
-    tables = [(name, b) for name, b in module.named_buffers() if b.is_floating_point()]  # Positions, uninitialized.
+    saved = module.state_dict()  # Positions with it, where they are uninitialized, and not where they are computed.
+    tables = [(name, b) for name, b in module.named_buffers() if b.is_floating_point() and name in saved]
     for name, p in [*module.named_parameters(), *tables]:
         noise = torch.randn(p.shape, generator=generator)
         fan_in = p.numel() // len(p) if p.ndim > 1 and len(p) else 1
         with torch.no_grad():
             # Scales of norms are near 1; the rest keeps activations of order 1.
             p.copy_(1 + 0.1 * noise if p.ndim == 1 and name.endswith("weight") else noise * 0.7 / fan_in**0.5)
+
+
+def _tiny_lyric_encoder(width):
+    """In place of ACE-Step's, whose size is no option of the model."""
+    import comfy.ops
+    from comfy.ldm.ace.lyric_encoder import ConformerEncoder
+
+    sizes = {"input_size": width, "output_size": width, "attention_heads": 4, "linear_units": 128, "num_blocks": 1}
+    return ConformerEncoder(**sizes, static_chunk_size=0, operations=comfy.ops.disable_weight_init)
 
 
 @functools.cache
@@ -149,8 +183,13 @@ def _base_model(kind, seed):
     elif kind == "sdxl":
         adm = {"num_classes": "sequential", "adm_in_channels": POOLED + 6 * 256}
         model = mb.SDXL(config(sm.SDXL, use_linear_in_transformer=True, **adm))
-    else:
+    elif kind == "flow":
         model = mb.SD3(config(sm.SD3, MMDIT))
+    elif kind == "video":
+        model = mb.WAN21(config(sm.WAN21_T2V, WAN))
+    else:
+        model = mb.ACEStep(config(sm.ACEStep, ACE))
+        model.diffusion_model.lyric_encoder = _tiny_lyric_encoder(ACE["lyric_hidden_size"])
     randomize(model.diffusion_model, seed)
     return model.eval()
 
@@ -163,21 +202,29 @@ def _patcher(kind, seed, device):
 
 
 def tiny_model(kind, seed=0, device=torch.device("cpu")):  # noqa: B008
-    """A ModelPatcher of one of MODELS, tiny and with random weights; clones share the weights, as in a graph."""
+    """A tiny ModelPatcher of one of MODELS or TIMED, random weights; clones share the weights, as in a graph."""
     return _patcher(kind, seed, device).clone()
 
 
 def conditioning(seed, tokens=7):
+    """Of every tiny model: each takes what it knows."""
     generator = torch.Generator().manual_seed(seed)
     return [
         [
             torch.randn(1, tokens, 48, generator=generator),
-            {"pooled_output": torch.randn(1, POOLED, generator=generator)},
+            {
+                "pooled_output": torch.randn(1, POOLED, generator=generator),
+                "conditioning_lyrics": torch.randint(1, 100, (1, 5), generator=generator),
+            },
         ]
     ]
 
 
 def empty_latent(kind, batch=1, size=8):
+    if kind == "video":
+        return torch.zeros(batch, 16, 3, size, size)  # 9 frames.
+    if kind == "audio":
+        return torch.zeros(batch, 8, 16, size)
     channels = 16 if kind == "flow" else 4
     return torch.zeros(batch, channels, size, size)
 
@@ -205,7 +252,8 @@ def counted_rows(*models):
 
     # Their first layer, which sees every row once; a cache that skips the network does so before it.
     networks = {id(m.model): m.model.diffusion_model for m in models}.values()
-    embeddings = [net.time_embed if hasattr(net, "time_embed") else net.t_embedder for net in networks]
+    names = ("time_embed", "t_embedder", "time_embedding", "timestep_embedder")
+    embeddings = [next(getattr(net, name) for name in names if hasattr(net, name)) for net in networks]
     hooks = [embedding.register_forward_pre_hook(count) for embedding in embeddings]
     try:
         yield rows

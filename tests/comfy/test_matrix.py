@@ -27,7 +27,7 @@ def sigmas_of(kind, steps=STEPS):
     import comfy.samplers
 
     model_sampling = harness.tiny_model(kind).get_model_object("model_sampling")
-    return comfy.samplers.calculate_sigmas(model_sampling, "simple" if kind == "flow" else "karras", steps)
+    return comfy.samplers.calculate_sigmas(model_sampling, "simple" if kind in harness.FLOW else "karras", steps)
 
 
 class Case:
@@ -101,6 +101,18 @@ def test_samplers_of_other_models(host, ours, report, kind, sampler, outside):
     verdict = Case(ours, kind).judge(outside, sampler)
     assert verdict.rows == [1 + guided for guided in verdict.guided]
     report.add("Samplers, other models", f"{kind}, {sampler}", outside, verdict)
+
+
+@pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype")
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("sampler", KINDS_OF_SAMPLER)
+@pytest.mark.parametrize("kind", harness.TIMED)
+def test_video_and_audio(host, ours, report, kind, sampler, batch, outside):
+    latent = harness.empty_latent(kind, batch)
+    verdict = Case(ours, kind).judge(outside, sampler, latent=latent)
+    assert verdict.rows == [batch * (1 + guided) for guided in verdict.guided]
+    report.add("Video (Wan 2.1) and audio (ACE-Step)", f"{kind}, batch of {batch}, {sampler}", outside, verdict)
 
 
 # ----------------------------------------------------------------------------

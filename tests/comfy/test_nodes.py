@@ -101,7 +101,7 @@ def test_a_lora_on_the_patched_model(host):
     assert not torch.equal(before[1], rows_of(limit(harness.tiny_model("sd15")))[1])
 
 
-@pytest.mark.parametrize("kind", harness.MODELS)
+@pytest.mark.parametrize("kind", [*harness.MODELS, *harness.TIMED])
 def test_edm_units_are_noise_relative_to_the_data(host, ours, kind):
     """By the host's own definition of noising, whatever the parameterization."""
     model_sampling = harness.tiny_model(kind).get_model_object("model_sampling")

@@ -30,7 +30,8 @@ NODES = {
     "GuidanceIntervalCompare",
 }
 WORKFLOWS = sorted(path.stem for path in (harness.ROOT / "workflows").glob("*.json"))
-# Text encoders and autoencoders of these have no small stand-in: they are validated and not run.
+# Text encoders and autoencoders of these have no small stand-in: they are validated and not run; the matrix samples
+# with their networks.
 NOT_RUN = {"wan_video", "ace_step_audio"}
 SMALL = {"steps": 4, "width": 64, "height": 64, "length": 5, "seconds": 1.0}
 
