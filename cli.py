@@ -39,9 +39,9 @@ def parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--out", default="out/demo", help="folder for the pictures and report.json")
-    _sampling_arguments(demo, samples=1500)
+    _sampling_arguments(demo, samples=1000)
     demo.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    demo.add_argument("--weight", type=float, default=4.0, help="guidance weight in the interval")
+    demo.add_argument("--weight", type=float, default=6.0, help="guidance weight in the interval")
     demo.add_argument("--sigma-lo", type=float, default=0.1, help="guidance begins above this noise level")
     demo.add_argument("--sigma-hi", type=float, default=2.5, help="guidance ends at this noise level (inf: open)")
     demo.set_defaults(run=run_demo)
