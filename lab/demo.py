@@ -12,7 +12,7 @@ from ..sampler_patch import GuidanceInterval
 from . import data, model, plots
 from .files import atomic_path, output_folder
 from .metrics import score
-from .sampling import Samples, Setting, get_sampler, karras_sigmas, sample
+from .sampling import Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
 
 MAX_CFG_RUNS = 8  # To bracket the interval's accuracy.
 
@@ -24,8 +24,7 @@ def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
     cannot be read, OSError for a folder that cannot be written to; nothing is written then.
     """
     interval = GuidanceInterval(sigma_lo, sigma_hi)
-    if not 1 < weight < float("inf"):
-        raise ValueError(f"weight must be a number above 1 (1 is no guidance), got {weight!r}")
+    check_weight(weight)
     get_sampler(sampler)
     out = output_folder(out)
     lab = model.load(device=device)

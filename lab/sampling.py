@@ -31,6 +31,12 @@ class Samples:
     seconds: float
 
 
+def check_weight(weight):
+    """Raise ValueError unless `weight` guides."""
+    if not 1 < weight < float("inf"):
+        raise ValueError(f"weight must be a number above 1 (1 is no guidance), got {weight!r}")
+
+
 def get_sampler(name):
     """The function `sample_<name>` of k-diffusion; raises ValueError, with the names there are, for another."""
     from k_diffusion import sampling

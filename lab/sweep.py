@@ -23,7 +23,7 @@ from ..sampler_patch import GuidanceInterval
 from . import model, plots
 from .files import atomic_path, output_folder
 from .metrics import Scores, score
-from .sampling import Setting, get_sampler, karras_sigmas, sample
+from .sampling import Setting, check_weight, get_sampler, karras_sigmas, sample
 
 # ----------------------------------------------------------------------------
 # Cells.
@@ -61,8 +61,7 @@ def grid(sigma_los, sigma_his, weights):
     Raises ValueError when a bound or a weight makes no sense, or no pair of bounds is an interval.
     """
     for weight in weights:
-        if not 1 < weight < math.inf:
-            raise ValueError(f"weight must be a number above 1 (1 is no guidance), got {weight!r}")
+        check_weight(weight)
     for lo, hi in [*itertools.product(sigma_los, [math.inf]), *itertools.product([0.0], sigma_his)]:
         GuidanceInterval(lo, hi)  # Refuses what is no bound at all.
     pairs = [(lo, hi) for lo, hi in itertools.product(sigma_los, sigma_his) if lo < hi]
