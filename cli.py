@@ -57,7 +57,7 @@ def parser():
     sweep.add_argument("--weight", type=float, nargs="+", default=[1.5, 2.0, 4.0], help="guidance weights")
     sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="lower bounds")
     sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
-    sweep.add_argument("--model", metavar="MODULE:FUNCTION", help="your own: function(device) -> lab.model.Lab")
+    sweep.add_argument("--model", help="your own: a file of lab/train.py, or module:function(device) -> lab.model.Lab")
     sweep.set_defaults(run=run_sweep)
 
     info = commands.add_parser(

@@ -64,15 +64,20 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Two levels, 14x14 and 7x7, behind a 2x2 pixel unshuffle: small enough for two CPU cores."""
+    """Two levels, 14x14 and 7x7 for 28x28 images, behind a 2x2 pixel unshuffle: small enough for two CPU cores.
 
-    def __init__(self, channels=(32, 128), mid_blocks=2, emb=128, num_classes=NUM_CLASSES, dropout=0.1):
+    The side of the images must be a multiple of 4; the frames of a clip are channels.
+    """
+
+    def __init__(
+        self, channels=(32, 128), mid_blocks=2, emb=128, num_classes=NUM_CLASSES, dropout=0.1, image_channels=1
+    ):
         super().__init__()
         c1, c2 = channels
         self.register_buffer("freqs", torch.exp(torch.linspace(0, math.log(32), 16)), persistent=False)
         self.emb_noise = nn.Sequential(nn.Linear(32, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.emb_class = nn.Embedding(num_classes + 1, emb)  # The last row is "no class".
-        self.conv_in = nn.Conv2d(4, c1, 3, padding=1)
+        self.conv_in = nn.Conv2d(4 * image_channels, c1, 3, padding=1)
         self.enc = Block(c1, c1, emb, dropout)
         self.down = nn.Conv2d(c1, c2, 2, stride=2)
         self.mid = nn.ModuleList(Block(c2, c2, emb, dropout) for _ in range(mid_blocks))
@@ -80,7 +85,7 @@ class UNet(nn.Module):
         self.up = nn.ConvTranspose2d(c2, c1, 2, stride=2)
         self.dec = Block(2 * c1, c1, emb, dropout)
         self.norm_out = nn.GroupNorm(8, c1)
-        self.conv_out = nn.Conv2d(c1, 4, 3, padding=1)
+        self.conv_out = nn.Conv2d(c1, 4 * image_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x, c_noise, class_cond):
@@ -100,7 +105,7 @@ class UNet(nn.Module):
 class Denoiser(nn.Module):
     """EDM preconditioning (Karras et al. 2022, table 1) behind k-diffusion's protocol.
 
-    `model(x, sigma, class_cond=labels)` returns D(x; sigma, c): x is [B, 1, 28, 28] at the noise level
+    `model(x, sigma, class_cond=labels)` returns D(x; sigma, c): x is [B, C, H, W] at the noise level
     sigma [B], labels int64 [B], where `null_class` means "no class" (uncond).
     """
 
@@ -140,11 +145,21 @@ class Classifier(nn.Module):
     class and forget stroke and slant, the very variety that guidance takes away.
     """
 
-    def __init__(self, channels=(32, 64, 64), hidden=64, num_classes=NUM_CLASSES, dropout=0.3):
+    def __init__(
+        self,
+        channels=(32, 64, 64),
+        hidden=64,
+        num_classes=NUM_CLASSES,
+        dropout=0.3,
+        image_channels=1,
+        image_size=28,
+        stride=2,
+    ):
         super().__init__()
         c1, c2, c3 = channels
+        side = math.ceil(math.ceil(math.ceil(image_size / stride) / 2) / 2)
         self.lower = nn.Sequential(
-            nn.Conv2d(1, c1, 5, padding=2, stride=2),
+            nn.Conv2d(image_channels, c1, 5, padding=2, stride=stride),
             nn.SiLU(),
             nn.Conv2d(c1, c2, 3, padding=1, stride=2),
             nn.GroupNorm(8, c2),
@@ -155,14 +170,14 @@ class Classifier(nn.Module):
             nn.GroupNorm(8, c3),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(c3 * 16, hidden),
+            nn.Linear(c3 * side**2, hidden),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
         )
 
     def forward(self, x):
-        middle = self.lower(x)  # [B, 64, 7, 7]
+        middle = self.lower(x)  # [B, 64, 7, 7] of 28x28 images.
         return middle.mean((2, 3)), self.upper(middle)
 
 

@@ -23,7 +23,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a run gave: x [N, 1, 28, 28] on the model's scale, labels [N], network rows per sample, seconds."""
+    """What a run gave: x [N, C, H, W] on the model's scale, labels [N], network rows per sample, seconds."""
 
     x: torch.Tensor
     labels: torch.Tensor
@@ -74,14 +74,14 @@ def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=Non
     device = next(lab.denoiser.parameters()).device
     sample_fn, sigmas = get_sampler(sampler), karras_sigmas(steps, device)
     args = schedule_args(sample_fn, sigmas)
-    size = lab.config["image_size"]
+    shape = lab.config.get("image_channels", 1), lab.config["image_size"], lab.config["image_size"]
     labels = torch.arange(num, device=device) % lab.config["num_classes"]
     images, begin = [], time.perf_counter()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for start in range(0, num, BATCH):
             class_cond = labels[start : start + BATCH]
             torch.manual_seed(seed * 1_000_003 + start)
-            x = torch.randn(len(class_cond), 1, size, size).to(device) * sigmas[0]
+            x = torch.randn(len(class_cond), *shape).to(device) * sigmas[0]
             extra_args = dict(
                 cond={"class_cond": class_cond},
                 uncond={"class_cond": torch.full_like(class_cond, lab.denoiser.null_class)},

@@ -6,6 +6,7 @@ file alone.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import itertools
@@ -16,14 +17,15 @@ import queue
 import sqlite3
 import sys
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..sampler_patch import GuidanceInterval
+from ..sampler_patch import GuidanceInterval, evaluation_sigmas
 from . import model, plots
 from .files import atomic_path, output_folder
 from .metrics import Scores, score
-from .sampling import Setting, check_weight, get_sampler, karras_sigmas, sample
+from .sampling import Setting, check_weight, get_sampler, karras_sigmas, sample, schedule_args
 
 # ----------------------------------------------------------------------------
 # Cells.
@@ -126,13 +128,36 @@ class Store:
 # The work.
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the cells of a sweep have in common. source: whose model, see `load_lab`."""
+
+    samples: int
+    sampler: str
+    steps: int
+    seed: int
+    source: str | None = None
+
+    def identity(self, lab):
+        """What a Store of this job is known by."""
+        name = "shipped" if self.source is None else Path(self.source).name
+        common = dict(samples=self.samples, sampler=self.sampler, steps=self.steps, seed=self.seed)
+        return dict(**common, model=name, weights=fingerprint(lab))
+
+
 def load_lab(source, device):
-    """The shipped model for None, else what the function `module:function` returns for a device: a `model.Lab`."""
+    """Return the `model.Lab` of a source: the shipped model for None, a model file, or what a function gives.
+
+    source: None, the path of a .safetensors file that `lab/train.py` wrote, or `module:function`, which is
+    called with the device. Raises ValueError or FileNotFoundError, with the source, when there is none.
+    """
     if source is None:
         return model.load(device=device)
+    if source.endswith(".safetensors"):
+        return model.load(source, device)
     module, _, function = source.partition(":")
     if not function:
-        raise ValueError(f"model must be given as module:function, got {source!r}")
+        raise ValueError(f"model must be given as module:function or a .safetensors file, got {source!r}")
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
@@ -149,46 +174,84 @@ def fingerprint(lab):
     return digest.hexdigest()[:16]
 
 
-def measure(lab, cell, samples, sampler, steps, seed, progress=None):
+@functools.cache
+def _evaluations(sampler, steps):
+    sample_fn = get_sampler(sampler)
+    return evaluation_sigmas(sample_fn, *schedule_args(sample_fn, karras_sigmas(steps)))[:-1]
+
+
+def rows_per_sample(job, cell):
+    """The network rows that a sample of this cell takes (an adaptive sampler takes a few more or less)."""
+    sigmas = _evaluations(job.sampler, job.steps)
+    return len(sigmas) + (cell.interval.mask(sigmas).sum().item() if cell.weight != 1 else 0)
+
+
+def measure(lab, job, cell, progress=None):
     """Sample and score one cell; return its Result."""
     setting = Setting("", cell.weight, cell.interval)
-    drawn = sample(lab, setting, samples, sampler, steps, seed, progress)
+    drawn = sample(lab, setting, job.samples, job.sampler, job.steps, job.seed, progress)
     return Result(score(lab, drawn.x, drawn.labels), drawn.rows, drawn.seconds)
 
 
-def _worker(todo, done, source, device, job):
+def _worker(todo, done, device):
     """Take cells until there are none; runs in a process of its own, one for each device."""
-    lab = load_lab(source, device)
-    for cell in iter(todo.get, None):
-        done.put((cell, measure(lab, cell, **job)))
+    load = functools.cache(load_lab)
+    for job, cell in iter(todo.get, None):
+        done.put((job, cell, measure(load(job.source, device), job, cell)))
 
 
-def _results(lab, cells, source, devices, job, progress):
-    """Yield `(cell, Result)` as they are done: here on one device, or in a process for each of several."""
+def _results(todo, devices, progress):
+    """Yield `(job, cell, Result)` as they are done: here on one device, or in a process for each of several."""
     if len(devices) == 1:
-        for cell in cells:
-            yield cell, measure(lab, cell, **job, progress=lambda n, cell=cell: progress(cell, n))
+        load = functools.cache(load_lab)
+        for job, cell in todo:
+            lab = load(job.source, devices[0])
+            yield job, cell, measure(lab, job, cell, lambda n, job=job, cell=cell: progress(job, cell, n))
         return
     context = multiprocessing.get_context("spawn")
-    todo, done = context.Queue(), context.Queue()
-    for cell in [*cells, *[None] * len(devices)]:
-        todo.put(cell)
-    workers = [context.Process(target=_worker, args=(todo, done, source, d, job), daemon=True) for d in devices]
+    tasks, done = context.Queue(), context.Queue()
+    for task in [*todo, *[None] * len(devices)]:
+        tasks.put(task)
+    workers = [context.Process(target=_worker, args=(tasks, done, d), daemon=True) for d in devices]
     for worker in workers:
         worker.start()
     try:
-        for _ in cells:
+        for _ in todo:
             while True:
                 with contextlib.suppress(queue.Empty):
-                    cell, result = done.get(timeout=5)
+                    job, cell, result = done.get(timeout=5)
                     break
                 if any(w.exitcode for w in workers):
                     raise ChildProcessError("a worker died; the cells that are done are kept, run the command again")
-            progress(cell, job["samples"])
-            yield cell, result
+            progress(job, cell, job.samples)
+            yield job, cell, result
     finally:
         for worker in workers:
             worker.terminate()
+
+
+def complete(stores, cells, devices=("cpu",)):
+    """Measure the cells that their stores do not hold yet; return `{job: {Cell: Result}}` of all of them.
+
+    stores: `{job: Store}`; cells: `{job: [Cell]}`. A progress bar on stderr tells the time that is left.
+    """
+    held = {job: store.results() for job, store in stores.items()}
+    todo = [(job, cell) for job in cells for cell in cells[job] if cell not in held[job]]
+    total = sum(map(len, cells.values()))
+    if len(todo) < total:
+        print(f"{total - len(todo)} of {total} cells are done already", file=sys.stderr)
+    work = sum(job.samples * rows_per_sample(job, cell) for job, cell in todo)
+    with tqdm(total=work, unit="row", unit_scale=True, mininterval=0.5) as bar:
+
+        def progress(job, cell, images):
+            bar.set_description(f"{job.sampler} w={cell.weight:g} {cell.interval}", refresh=False)
+            bar.update(images * rows_per_sample(job, cell))
+
+        for count, (job, cell, result) in enumerate(_results(todo, devices, progress), total - len(todo) + 1):
+            stores[job].add(cell, result)
+            held[job][cell] = result
+            bar.set_postfix_str(f"{count} of {total} cells")
+    return {job: {cell: held[job][cell] for cell in sorted(cells[job])} for job in cells}
 
 
 def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devices=("cpu",), source=None):
@@ -199,29 +262,9 @@ def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devic
     cells = grid(sigma_los, sigma_his, weights)
     get_sampler(sampler)
     out = output_folder(out)
-    lab = load_lab(source, devices[0])
-    job = dict(samples=samples, sampler=sampler, steps=steps, seed=seed)
-    store = Store(out / "sweep.sqlite", dict(**job, model=source or "shipped", weights=fingerprint(lab)))
-    done = store.results()
-    todo = [cell for cell in cells if cell not in done]
-    sigmas = karras_sigmas(steps)[:-1]
-
-    def cost(cell):  # In rows of one evaluation per step, which is all that the bar's estimate needs.
-        return len(sigmas) + (cell.interval.mask(sigmas).sum().item() if cell.weight != 1 else 0)
-
-    if len(todo) < len(cells):
-        print(f"{len(cells) - len(todo)} of {len(cells)} cells are done already", file=sys.stderr)
-    with tqdm(total=samples * sum(map(cost, todo)), unit="row", unit_scale=True) as bar:
-
-        def progress(cell, images):
-            bar.set_description(f"w={cell.weight:g} {cell.interval}")
-            bar.update(images * cost(cell))
-
-        for count, (cell, result) in enumerate(_results(lab, todo, source, devices, job, progress), 1):
-            store.add(cell, result)
-            bar.set_postfix_str(f"{len(cells) - len(todo) + count} of {len(cells)} cells")
-
-    results = {cell: result for cell, result in store.results().items() if cell in set(cells)}
+    job = Job(samples, sampler, steps, seed, source)
+    store = Store(out / "sweep.sqlite", job.identity(load_lab(source, devices[0])))
+    results = complete({job: store}, {job: cells}, devices)[job]
     write(out, results)
     return results
 

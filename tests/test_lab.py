@@ -91,7 +91,7 @@ def test_training_writes_a_model_file_that_loads(tmp_path, capsys):
     assert lab.record["steps"] == 3
     assert lab.record["classifier_held_out_accuracy"] > 0.5
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
-    assert "held-out digits are right" in capsys.readouterr().out
+    assert "of the held-out digits are right" in capsys.readouterr().out
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, lab, monkeypatch):

@@ -116,7 +116,8 @@ def test_the_frontier_is_what_nothing_beats():
         (["--sigma-lo", "3", "--sigma-hi", "2"], "no sigma_lo of [3.0] lies below a sigma_hi of [2.0]"),
         (["--sigma-lo", "-1"], "sigma_lo must not be negative, got -1.0"),
         (["--sampler", "eular"], "unknown sampler 'eular'"),
-        (["--model", "nowhere"], "model must be given as module:function, got 'nowhere'"),
+        (["--model", "nowhere"], "model must be given as module:function or a .safetensors file, got 'nowhere'"),
+        (["--model", "nowhere.safetensors"], "model file 'nowhere.safetensors' does not exist"),
         (["--model", "nowhere:load"], "model 'nowhere:load' cannot be loaded (No module named 'nowhere')"),
     ],
 )
