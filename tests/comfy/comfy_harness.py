@@ -127,24 +127,14 @@ WAN = {
     "num_heads": 4,
     "num_layers": 2,
 }
-ACE = {
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 4,
-    "mlp_ratio": 2.0,
-    "max_position": 256,
-    "text_embedding_dim": 48,
-    "lyric_encoder_vocab_size": 100,
-    "lyric_hidden_size": 64,
-    "ssl_latent_dims": [16, 16],
-}
 POOLED = 64
 MODELS = ("sd15", "v-prediction", "sdxl", "flow")
 TIMED = ("video", "audio")  # Wan 2.1 and ACE-Step: latents with a length.
 FLOW = ("flow", *TIMED)
 
 
-def randomize(module, seed):
+def randomize(module, seed, biases=1.0):
+    """Random weights; with smaller `biases` more of the input is left at the end of a deep decoder."""
     generator = torch.Generator().manual_seed(seed)
     saved = module.state_dict()  # Positions with it, where they are uninitialized, and not where they are computed.
     tables = [(name, b) for name, b in module.named_buffers() if b.is_floating_point() and name in saved]
@@ -152,17 +142,13 @@ def randomize(module, seed):
         noise = torch.randn(p.shape, generator=generator)
         fan_in = p.numel() // len(p) if p.ndim > 1 and len(p) else 1
         with torch.no_grad():
-            # Scales of norms are near 1; the rest keeps activations of order 1.
-            p.copy_(1 + 0.1 * noise if p.ndim == 1 and name.endswith("weight") else noise * 0.7 / fan_in**0.5)
-
-
-def _tiny_lyric_encoder(width):
-    """In place of ACE-Step's, whose size is no option of the model."""
-    import comfy.ops
-    from comfy.ldm.ace.lyric_encoder import ConformerEncoder
-
-    sizes = {"input_size": width, "output_size": width, "attention_heads": 4, "linear_units": 128, "num_blocks": 1}
-    return ConformerEncoder(**sizes, static_chunk_size=0, operations=comfy.ops.disable_weight_init)
+            # Scales of norms are near 1, of weight norms (in vocoders) above; the rest keeps activations of order 1.
+            if name.endswith("weight.original0"):
+                p.fill_(1.5)
+            elif name.endswith("gamma") or (p.ndim == 1 and name.endswith("weight")):
+                p.copy_(1 + 0.1 * noise)
+            else:
+                p.copy_(noise * 0.7 / fan_in**0.5 * (biases if name.endswith("bias") else 1))
 
 
 @functools.cache
@@ -188,8 +174,9 @@ def _base_model(kind, seed):
     elif kind == "video":
         model = mb.WAN21(config(sm.WAN21_T2V, WAN))
     else:
-        model = mb.ACEStep(config(sm.ACEStep, ACE))
-        model.diffusion_model.lyric_encoder = _tiny_lyric_encoder(ACE["lyric_hidden_size"])
+        import small_ace_step
+
+        model = mb.ACEStep(config(sm.ACEStep, small_ace_step.NETWORK))
     randomize(model.diffusion_model, seed)
     return model.eval()
 

@@ -3,10 +3,12 @@
 Small random checkpoints, made here, stand in for the real ones; the workflows are the files that users open.
 """
 
+import io
 import json
 import os
 import shutil
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -14,7 +16,9 @@ import urllib.error
 import urllib.request
 import uuid
 
+import av
 import comfy_harness as harness
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -30,9 +34,6 @@ NODES = {
     "GuidanceIntervalCompare",
 }
 WORKFLOWS = sorted(path.stem for path in (harness.ROOT / "workflows").glob("*.json"))
-# Text encoders and autoencoders of these have no small stand-in: they are validated and not run; the matrix samples
-# with their networks.
-NOT_RUN = {"wan_video", "ace_step_audio"}
 SMALL = {"steps": 4, "width": 64, "height": 64, "length": 5, "seconds": 1.0}
 
 
@@ -40,16 +41,18 @@ SMALL = {"steps": 4, "width": 64, "height": 64, "length": 5, "seconds": 1.0}
 # Stand-ins.
 
 
-def save_checkpoints(host, folder):
-    """sd.safetensors, weak.safetensors (SD1.5's keys and widths, one level deep) and flow.safetensors (SD3's)."""
+def half(module, prefix=""):
+    return {prefix + k: v.half().contiguous() for k, v in module.state_dict().items()}
+
+
+def save_models(host, folder):
+    """Checkpoints sd, weak (SD1.5's keys and widths, one level deep), flow (SD3's) and audio; the parts of video."""
     import comfy.model_base as mb
     import comfy.sd1_clip
     import comfy.supported_models as sm
-    import safetensors.torch
+    from comfy.ldm.wan.vae import WanVAE
     from comfy.taesd.taesd import TAESD
-
-    def half(module, prefix):
-        return {prefix + k: v.half().contiguous() for k, v in module.state_dict().items()}
+    from safetensors.torch import save_file
 
     clip = comfy.sd1_clip.SDClipModel(dtype=torch.float32).transformer
     harness.randomize(clip, seed=0)
@@ -62,7 +65,7 @@ def save_checkpoints(host, folder):
         harness.randomize(vae, seed=2)
         weights = half(model.diffusion_model, "model.diffusion_model.") | half(vae, "first_stage_model.")
         weights |= half(clip, "cond_stage_model.transformer.")
-        safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+        save_file(weights, folder / "checkpoints" / f"{name}.safetensors")
 
     mmdit = {**harness.MMDIT, "adm_in_channels": 2048, "dtype": torch.float32}
     mmdit["context_embedder_config"] = {
@@ -75,7 +78,50 @@ def save_checkpoints(host, folder):
     harness.randomize(vae, seed=2)
     weights = half(model.diffusion_model, "model.diffusion_model.") | half(vae, "first_stage_model.")
     weights |= half(clip, "text_encoders.clip_l.transformer.")
-    safetensors.torch.save_file(weights, folder / "flow.safetensors")
+    save_file(weights, folder / "checkpoints" / "flow.safetensors")
+
+    # Wan's encoder is 5.7 billion weights, and always; SD3's CLIP-L, alone and padded, is as wide.
+    save_file(half(clip), folder / "text_encoders" / "video.safetensors")
+    wan = {**harness.WAN, "dim": 128, "num_heads": 1, "freq_dim": 256, "text_dim": 4096, "dtype": torch.float32}
+    model = mb.WAN21(sm.WAN21_T2V(wan))
+    harness.randomize(model.diffusion_model, seed=0)
+    save_file(half(model.diffusion_model), folder / "diffusion_models" / "video.safetensors")
+    vae = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
+    harness.randomize(vae, seed=2, biases=0.1)
+    save_file(half(vae), folder / "vae" / "video.safetensors")
+
+    if "VAEDecodeAudio" in host.nodes:
+        save_file(ace_step(), folder / "checkpoints" / "audio.safetensors")
+
+
+def ace_step():
+    """A small checkpoint of it; the vocabulary is the letters."""
+    import comfy.model_base as mb
+    import comfy.supported_models as sm
+    import small_ace_step as small
+    from comfy.ldm.ace.vae.music_dcae_pipeline import MusicDCAE
+    from sentencepiece import SentencePieceTrainer
+
+    model = mb.ACEStep(sm.ACEStep({**small.NETWORK, "dtype": torch.float32}))
+    parts = {
+        "model.diffusion_model.": model.diffusion_model,
+        "text_encoders.umt5base.transformer.": small.TextEncoder(dtype=torch.float32).transformer,
+        "vae.": MusicDCAE(source_sample_rate=44100),
+    }
+    weights = {}
+    for prefix, part in parts.items():
+        harness.randomize(part, seed=0, biases=0.1)
+        weights |= half(part, prefix)
+    letters = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(string.ascii_lowercase),
+        model_writer=letters,
+        model_type="char",
+        vocab_size=29,
+        minloglevel=2,
+    )
+    weights["text_encoders.spiece_model"] = torch.frombuffer(bytearray(letters.getvalue()), dtype=torch.uint8)
+    return weights
 
 
 # ----------------------------------------------------------------------------
@@ -109,23 +155,32 @@ class Server:
             time.sleep(0.2)
         pytest.fail(f"not finished after {timeout} s")
 
-    def image(self, entry):
-        return Image.open(self.folder / entry["type"] / entry.get("subfolder", "") / entry["filename"]).convert("RGB")
+    def read(self, entry):
+        """A saved picture, the frames of a video, or a sound in one piece; arrays, channels last."""
+        with av.open(self.folder / entry["type"] / entry.get("subfolder", "") / entry["filename"]) as file:
+            if file.streams.video:
+                return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+            return [np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1).T]
 
 
 @pytest.fixture(scope="module")
 def server(host, comfyui_path, tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
-    for name in ("custom_nodes", "models/checkpoints", "input", "output", "temp", "user"):
-        (base / name).mkdir(parents=True)
+    for name in ("custom_nodes", "input", "output", "temp", "user"):
+        (base / name).mkdir()
+    for name in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+        (base / "models" / name).mkdir(parents=True)
     listed = ["git", "-C", str(harness.ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
         source, target = harness.ROOT / name, base / "custom_nodes" / FOLDER / name
         if name and source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-    save_checkpoints(host, base / "models" / "checkpoints")
-    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(base / "input" / "example.png")
+    shutil.copy(harness.ROOT / "tests" / "comfy" / "small_ace_step.py", base / "custom_nodes")
+    save_models(host, base / "models")
+    picture = Image.radial_gradient("L").resize((64, 64)).convert("RGBA")
+    picture.paste((0, 0, 0, 0), (16, 16, 48, 48))  # What the mask editor leaves: transparent where to paint.
+    picture.save(base / "input" / "example.png")
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -179,8 +234,15 @@ def to_prompt(workflow, object_info):
         linked = {i["name"]: i["link"] for i in node["inputs"] if i["link"] is not None}
         values = iter(node["widgets_values"])
         inputs = {}
-        for name, kind, options in node_inputs(object_info[node["type"]]):
+        fields = node_inputs(object_info[node["type"]])
+        while fields:
+            name, kind, options = fields.pop(0)
             is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            if kind == "COMFY_DYNAMICCOMBO_V3":  # Of newer hosts: each choice has inputs of its own.
+                choices = {choice["key"]: choice for choice in options["options"]}
+                inputs[name] = next(values, next(iter(choices)))
+                of_choice = node_inputs({"input": choices[inputs[name]]["inputs"]})
+                fields[:0] = [(f"{name}.{field}", *rest) for field, *rest in of_choice]
             if is_widget:
                 inputs[name] = next(values, options.get("default"))  # A newer host's node may have more widgets.
                 if options.get("control_after_generate") or options.get("image_upload"):
@@ -197,14 +259,17 @@ def to_prompt(workflow, object_info):
 
 
 def shrink(prompt):
-    """The same prompt with stand-ins for the checkpoints, few steps and small pictures."""
+    """The same prompt with stand-ins for the models, few steps and small pictures."""
     for node in prompt.values():
         inputs = node["inputs"]
         inputs |= {k: v for k, v in SMALL.items() if k in inputs and not isinstance(inputs[k], list)}
         if "ckpt_name" in inputs:
             name = inputs["ckpt_name"]
-            inputs["ckpt_name"] = "flow" if "sd3" in name else "weak" if "0.9" in name else "sd"
-            inputs["ckpt_name"] += ".safetensors"
+            kinds = {"sd3": "flow", "0.9": "weak", "ace": "audio"}
+            inputs["ckpt_name"] = next((v for k, v in kinds.items() if k in name), "sd") + ".safetensors"
+        inputs |= {k: "video.safetensors" for k in ("unet_name", "clip_name", "vae_name") if k in inputs}
+        if inputs.get("type") == "wan":
+            inputs["type"] = "sd3"  # See save_models.
     return prompt
 
 
@@ -212,8 +277,11 @@ def load_workflow(name):
     return json.loads((harness.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def images_of(server, outputs):
-    return [server.image(i) for output in outputs.values() for i in output.get("images", ())]
+def results(server, prompt):
+    """All that a run saves."""
+    outputs = server.run(prompt).values()
+    entries = [entry for output in outputs for kind in ("images", "audio") for entry in output.get(kind, ())]
+    return [array for entry in entries for array in server.read(entry)]
 
 
 # ----------------------------------------------------------------------------
@@ -264,33 +332,38 @@ def test_english_says_the_same_in_the_node_its_locale_and_its_help(object_info):
             assert f"| `{field}` | {options['tooltip']} |".replace("\n", "<br>") in help_page, (name, field)
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_workflows(server, object_info, name):
+def small_prompt(name, object_info):
     if name == "ace_step_audio" and "VAEDecodeAudio" not in object_info:
         pytest.skip("a ComfyUI without torchaudio has no audio nodes")
-    prompt = to_prompt(load_workflow(name), object_info)
+    return shrink(to_prompt(load_workflow(name), object_info))
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows(server, object_info, name):
+    prompt = small_prompt(name, object_info)
     assert any(node["class_type"] in NODES for node in prompt.values())
-    if name in NOT_RUN:
-        return
-    images = images_of(server, server.run(shrink(prompt)))
-    assert images
-    for image in images:
-        assert any(low != high for low, high in image.getextrema())  # Not one colour: not black, not NaN.
+    saved = results(server, prompt)
+    assert len(saved) == SMALL["length"] if name == "wan_video" else saved
+    for array in saved:
+        values = array.reshape(-1, array.shape[-1])
+        assert np.isfinite(values).all()
+        assert values.std(axis=0).max() > 0.01 * np.abs(values).max()  # Not one colour, not silence.
 
 
-def test_an_open_interval_gives_the_same_picture_as_plain_cfg(server, object_info):
-    def picture(sigma_lo, sigma_hi, plain=False):
-        prompt = shrink(to_prompt(load_workflow("sdxl_ksampler"), object_info))
+@pytest.mark.parametrize("name", ["sdxl_ksampler", "wan_video", "ace_step_audio"])
+def test_an_open_interval_gives_the_same_as_plain_cfg(server, object_info, name):
+    def saved(plain=False, **bounds):
+        prompt = small_prompt(name, object_info)
         (ours,) = (key for key, node in prompt.items() if node["class_type"] == "GuidanceInterval")
         (sampler,) = (node for node in prompt.values() if node["class_type"] == "KSampler")
-        prompt[ours]["inputs"] |= {"sigma_lo": sigma_lo, "sigma_hi": sigma_hi}
+        prompt[ours]["inputs"] |= bounds
         if plain:
             sampler["inputs"]["model"] = prompt.pop(ours)["inputs"]["model"]
-        return images_of(server, server.run(prompt))[0].tobytes()
+        return [array.tobytes() for array in results(server, prompt)]
 
-    stock = picture(0, 0, plain=True)
-    assert picture(0.0, 1000.0) == stock
-    assert picture(0.28, 5.42) != stock
+    stock = saved(plain=True)
+    assert saved(sigma_lo=0.0, sigma_hi=1000.0, units="model") == stock
+    assert saved() != stock
 
 
 @pytest.mark.parametrize(
