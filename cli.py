@@ -1,4 +1,4 @@
-"""The command `guidance-interval`: `demo`, `sweep` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep`, `measure` and `info`."""
 
 import argparse
 import math
@@ -23,7 +23,10 @@ def main(argv=None):
         print(f"guidance-interval: error: {e}", file=sys.stderr)
         return 2
     except ImportError as e:
-        print(f"guidance-interval: error: {e}; install it with: pip install 'guidance-interval[lab]'", file=sys.stderr)
+        extra = getattr(args, "extra", "lab")
+        print(
+            f"guidance-interval: error: {e}; install it with: pip install 'guidance-interval[{extra}]'", file=sys.stderr
+        )
         return 2
     return 0
 
@@ -59,6 +62,26 @@ def parser():
     sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
     sweep.add_argument("--model", metavar="MODULE:FUNCTION", help="your own: function(device) -> lab.model.Lab")
     sweep.set_defaults(run=run_sweep)
+
+    measure = commands.add_parser(
+        "measure",
+        help="compare folders of images with a reference: distances, fidelity, variety, adherence, saturation",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    measure.add_argument("--images", nargs="+", required=True, metavar="DIR", help="folders to measure, a row for each")
+    measure.add_argument("--reference", required=True, metavar="DIR", help="folder of the images to compare with")
+    measure.add_argument(
+        "--features",
+        nargs="+",
+        default=["clip"],
+        metavar="NAME[=PATH]",
+        help="digits, inception, dinov2 or clip; PATH: weights that are not where their library keeps them",
+    )
+    measure.add_argument("--prompts", metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image")
+    measure.add_argument("--out", default="out/measure", help="folder for report.json and the picture")
+    measure.add_argument("--cache", metavar="DIR", help="folder for what is computed, if not beside each DIR")
+    measure.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    measure.set_defaults(run=run_measure, extra="measure")
 
     info = commands.add_parser(
         "info",
@@ -142,6 +165,20 @@ def run_sweep(args):
         seed=args.seed,
         devices=args.device,
         source=args.model,
+    )
+
+
+def run_measure(args):
+    from .lab import measure
+
+    measure.run(
+        images=args.images,
+        reference=args.reference,
+        features=args.features,
+        prompts=args.prompts,
+        out=args.out,
+        device=args.device,
+        cache=args.cache,
     )
 
 

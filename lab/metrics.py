@@ -99,7 +99,7 @@ def bootstrap_interval(statistic, features, labels, rounds=400, seed=0, level=0.
 # and Tibshirani 1993, ch. 22). Samples are never drawn twice into one set, so that no sample is its own
 # neighbour, and a Frechet distance of 2,048 features costs one decomposition, not one per round.
 
-CHUNK = 2**24  # Entries of a matrix of pairs that are in memory at once.
+CHUNK = 2**22  # Entries of a matrix of pairs that are in memory at once.
 
 
 def influence_interval(value, influence, labels=None, rounds=400, seed=0, level=0.95):
