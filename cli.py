@@ -16,7 +16,7 @@ def main(argv=None):
     """Run the command; return its exit code: 0, or 2 after an error told in one line on stderr."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:  # `guidance-interval info | head`: the reader has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as e:
@@ -171,15 +171,19 @@ def run_sweep(args):
 def run_measure(args):
     from .lab import measure
 
-    measure.run(
-        images=args.images,
-        reference=args.reference,
-        features=args.features,
-        prompts=args.prompts,
-        out=args.out,
-        device=args.device,
-        cache=args.cache,
-    )
+    try:
+        measure.run(
+            images=args.images,
+            reference=args.reference,
+            features=args.features,
+            prompts=args.prompts,
+            out=args.out,
+            device=args.device,
+            cache=args.cache,
+        )
+    except KeyboardInterrupt:
+        print("guidance-interval: interrupted; what is computed is kept, run the command again", file=sys.stderr)
+        return 130
 
 
 def run_info(args):

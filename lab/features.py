@@ -11,6 +11,7 @@ Weights are where the ecosystem keeps them, or in a local file or folder that is
 
 import hashlib
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Pixels:
     name, dim, identity = "pixels", 3, "pixels/1"
 
     def preprocess(self, image):
-        return pixel_statistics(torch.from_numpy(np.array(image)))
+        return pixel_statistics(np.asarray(image))
 
     def rows(self, tensors):
         return torch.stack(tensors)
@@ -105,7 +106,7 @@ class Inception:
             torch.load(self.path, map_location="meta", weights_only=True)  # Refuses what torch-fidelity would run.
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(self.path))
         except Exception as e:  # Of many kinds, from torch's unpickler.
-            raise ValueError(f"features inception: {self.path} is not torch-fidelity's file ({_reason(e)})") from e
+            raise ValueError(f"features inception: {self.path} is not torch-fidelity's {INCEPTION_FILE}") from e
         return network.to(self.device)
 
     def preprocess(self, image):
@@ -148,11 +149,13 @@ class _HubModel:
         self.identity = f"{self.name}/1 {which}"
 
     def _cached_config(self):
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache, utils
 
         cached = try_to_load_from_cache(self.hub, "config.json")
         if isinstance(cached, str):
             return Path(cached)  # No look at the hub: the same weights as the last time.
+        print(f"note: {self.hub} is not in {constants.HF_HUB_CACHE} yet; asking the hub for it", file=sys.stderr)
+        utils.logging.set_verbosity_error()  # Else it tells of every one of its attempts.
         try:
             return Path(hf_hub_download(self.hub, "config.json"))
         except Exception as e:  # Of httpx, of the hub, of the file system.
@@ -177,9 +180,9 @@ class _HubModel:
             )
         return network.float().eval().requires_grad_(False).to(self.device)
 
-    def _normalized(self, image):
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (x - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+    def _normalized(self, image):  # In numpy, which starts no threads of its own in those of the loader.
+        x = (np.asarray(image, np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
 
 
 class DINOv2(_HubModel):

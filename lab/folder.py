@@ -42,7 +42,7 @@ class Rows:
     def _read(self):
         try:
             with safe_open(self.path, framework="pt") as f:
-                metadata, rows = f.metadata() or {}, f.get_tensor("rows")
+                metadata, rows = f.metadata() or {}, f.get_tensor("rows").clone()  # The file will be replaced.
             known = [metadata.get("format"), metadata.get("identity")]
             keys, files = json.loads(metadata["keys"]), json.loads(metadata["files"])
             if len(keys) != len(rows):
@@ -120,11 +120,11 @@ class Folder:
         # Two folders of one name may share a cache that was chosen for both.
         tag = "" if cache is None else "-" + hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
         self._cache = str(where / (self.path.name + tag))
-        self.names, self.keys, self.unreadable = [], [], []
+        self.label, self.names, self.keys, self.unreadable = self.path.name, [], [], []
         self._rows = {}
 
     def __str__(self):
-        return self.path.name
+        return self.label
 
     def cache(self, kind):
         """The path beside the folder in which something of this kind is kept."""
@@ -134,19 +134,19 @@ class Folder:
         """Its rows of all readable images, float32 [N, width], as `compute` left them."""
         return self._rows[extractor.name].get(self.keys)
 
-    def compute(self, pixels, extractors, bar, workers=None):
+    def compute(self, pixels, extractors, bar):
         """Read what is new, in batches; memory holds the rows and a few batches. `bar` is a tqdm."""
         extractors = [pixels, *extractors]
         self._rows = {e.name: Rows(self.cache(f"{e.name}.safetensors"), e.identity) for e in extractors}
         index, found = self._rows[pixels.name], list(_scan(self.path))
         known = {name: f[2] for name, *stat in found if (f := index.files.get(name)) and f[:2] == stat}
         todo = [f for f in found if any(known.get(f[0]) not in rows for rows in self._rows.values())]
-        bar.total, bar.unit = (bar.total or 0) + len(found), "image"
+        bar.total = len(found)
         bar.update(len(found) - len(todo))
         waiting = {e.name: [] for e in extractors}
         keys, due = dict(known), time.monotonic() + SAVE_EVERY
         try:
-            for (name, size, changed), key, tensors, error in _read_ahead(self._read, todo, extractors, workers):
+            for (name, size, changed), key, tensors, error in _read_ahead(self._read, todo, extractors):
                 if error:
                     keys.pop(name, None)
                     self.unreadable.append((name, error))
@@ -214,14 +214,15 @@ def _scan(folder):
     return sorted(found)
 
 
-def _read_ahead(read, todo, extractors, workers):
-    """Yield read(file, extractors) of each file in order, from threads that are at most two batches ahead."""
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+def _read_ahead(read, todo, extractors):
+    """Yield read(file, extractors) of each file in order, from threads that are a few files ahead."""
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
         try:
             for file in todo:
                 ahead.append(pool.submit(read, file, extractors))
-                if len(ahead) >= 2 * BATCH:
+                if len(ahead) > 2 * workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

@@ -7,7 +7,6 @@ computes what has changed and nothing else.
 import hashlib
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,6 +57,9 @@ def run(images, reference, features, prompts=None, out="out/measure", device="cp
     """
     folders = [Folder(path, cache) for path in (reference, *images)]
     _check_apart(folders)
+    if len({folder.label for folder in folders}) < len(folders):
+        for folder, path in zip(folders, (reference, *images), strict=True):
+            folder.label = str(path)
     given = _read_prompts(prompts)
     extractors = {spec: get_extractor(spec, device) for spec in features}
     if len({e.name for e in extractors.values()}) < len(features):
@@ -65,12 +67,11 @@ def run(images, reference, features, prompts=None, out="out/measure", device="cp
     extractors = list(extractors.values())
     out, pixels = output_folder(out), Pixels()
 
-    with tqdm(desc="images", unit="image", file=sys.stderr) as bar:
-        for folder in folders:
-            bar.set_description(str(folder))
+    for folder in folders:
+        with tqdm(desc=str(folder), unit="image", total=0) as bar:
             folder.compute(pixels, extractors, bar)
-            if len(folder.names) < 2:
-                raise ValueError(_too_few(folder))
+        if len(folder.names) < 2:
+            raise ValueError(_too_few(folder))
 
     notes, found = [], [{} for _ in folders]
     for extractor in (pixels, *extractors):
@@ -82,6 +83,8 @@ def run(images, reference, features, prompts=None, out="out/measure", device="cp
             results[extractor.name] = {name: Estimate(*scores[name]) for name in TITLES if name in scores}
             notes += _notes(folder, folders[0], extractor, results[extractor.name], text)
     for folder in folders:
+        if len(folder.keys) < 100:
+            notes.append(f"{folder}: with {len(folder.keys)} images the intervals too are uncertain; take 100 or more")
         notes += [f"{folder}: {name} cannot be read ({reason}); left out" for name, reason in folder.unreadable]
         if copies := len(folder.keys) - len(set(folder.keys)):
             notes.append(f"{folder}: {copies:,} of {len(folder.keys):,} images are exact copies of others")
@@ -256,8 +259,6 @@ def _notes(folder, reference, extractor, scores, texts):
         num = sum(t is not None for t in texts) if name == "clip_score" else len(folder.keys)
         if said := metrics.caveat(name, estimate.value, num, len(reference.keys), extractor.dim, K):
             yield where + said
-            if num < 100 and said.startswith(f"{name}: with"):
-                return  # It holds for every other metric as well.
     if extractor.name != "pixels" and folder is not reference and "recall" not in scores:
         yield f"{where}precision, recall, density and coverage need {K + 2} images or more on both sides"
     if extractor.name == "clip" and 0 < (n := sum(t is not None for t in texts)) < len(texts):
