@@ -10,6 +10,7 @@ Weights are where the ecosystem keeps them, or in a local file or folder that is
 """
 
 import hashlib
+import importlib.util
 import json
 import sys
 from functools import cached_property
@@ -26,10 +27,15 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def get_extractor(spec, device="cpu"):
-    """The extractor for `name` or `name=PATH`; raises ValueError for another name, OSError without its weights."""
+    """The extractor for `name` or `name=PATH`.
+
+    Raises ValueError for another name, ImportError without its package, OSError without its weights.
+    """
     name, _, source = spec.partition("=")
     if name not in EXTRACTORS:
         raise ValueError(f"unknown features {name!r}; there are {', '.join(EXTRACTORS)}, each with =PATH if need be")
+    if importlib.util.find_spec(EXTRACTORS[name].needs) is None:  # Now, not when the first batch has been read.
+        raise ImportError(f"features {name} need {EXTRACTORS[name].needs}")
     return EXTRACTORS[name](device, source or None)
 
 
@@ -48,7 +54,7 @@ class Pixels:
 class Digits:
     """The classifier that ships, for this project's own digits: 28x28, grey, light on dark."""
 
-    name, dim = "digits", 64
+    name, dim, needs = "digits", 64, "safetensors"
 
     def __init__(self, device="cpu", source=None):
         self.path, self.device = Path(source or model.SHIPPED), device
@@ -74,7 +80,7 @@ class Digits:
 class Inception:
     """Inception of the original FID (Heusel et al. 2017): torch-fidelity's port of the TensorFlow graph."""
 
-    name, dim = "inception", 2048
+    name, dim, needs = "inception", 2048, "torch_fidelity"
 
     def __init__(self, device="cpu", source=None):
         self.path, self.device = Path(source or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE), device
@@ -127,6 +133,7 @@ class Inception:
 class _HubModel:
     """A network of transformers: from the Hugging Face cache, which is filled at the first use, or a folder."""
 
+    needs = "transformers"
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, device="cpu", source=None):

@@ -10,8 +10,15 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import matplotlib
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+
+matplotlib.use("Agg")  # No window, no display needed.
+
+from matplotlib import pyplot as plt
 
 from .. import __version__
 from . import metrics
@@ -319,13 +326,6 @@ def _describe(folder, results):
 
 def picture(path, folders, found, pixels, columns=16):
     """Images of every folder, how saturation, contrast and clipping are spread, and the metrics with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot as plt
-    from PIL import Image, ImageOps
-
     colours = ["#222222", *(plt.get_cmap("tab10")(i % 10) for i in range(1, len(folders)))]
     kinds = [kind for kind in found[1] if kind != "pixels"]
     shown = {kind: [m for m in TITLES if any(m in results[kind] for results in found)] for kind in kinds}

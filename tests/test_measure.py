@@ -519,10 +519,15 @@ def test_weights_of_another_kind_are_refused(tmp_path, clip, dinov2):
 
 
 def test_without_the_extra_the_error_names_it(digits, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(features.Digits, "needs", "no_such_package")
     assert command(digits) == 2
-    error = capsys.readouterr().err
-    assert "pip install 'guidance-interval[measure]'" in error
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "guidance_interval.lab.measure")
+    monkeypatch.delattr("guidance_interval.lab.measure")
+    assert command(digits) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "features digits need no_such_package; install it with: pip install 'guidance-interval[measure]'" in first
+    assert "matplotlib" in second and "pip install 'guidance-interval[measure]'" in second
 
 
 def test_folders_of_one_name_share_a_cache_folder(digits, tmp_path):
