@@ -199,7 +199,7 @@ class DINOv2(_HubModel):
 
     @property
     def dim(self):
-        return self.config["hidden_size"]
+        return self.config.get("hidden_size", 768)  # A config may leave out what is the default.
 
     @cached_property
     def network(self):
@@ -223,7 +223,7 @@ class CLIP(_HubModel):
 
     @property
     def dim(self):
-        return self.config["projection_dim"]
+        return self.config.get("projection_dim", 512)
 
     @cached_property
     def network(self):
@@ -232,7 +232,7 @@ class CLIP(_HubModel):
         return self._load(CLIPModel)
 
     def preprocess(self, image):
-        size, short = self.config["vision_config"]["image_size"], min(image.size)
+        size, short = self.config["vision_config"].get("image_size", 224), min(image.size)
         left, top = (image.width - short) // 2, (image.height - short) // 2
         square = image.crop((left, top, left + short, top + short))
         return self._normalized(square.resize((size, size), Image.Resampling.BICUBIC))

@@ -92,7 +92,10 @@ class Rows:
         metadata = dict(format=FORMAT, identity=self.identity)
         metadata |= {"keys": json.dumps(list(self._where)), "files": json.dumps(self.files)}
         with atomic_path(self.path) as tmp:
+            tmp.touch()
+            mode = tmp.stat().st_mode  # safetensors closes its files to others, who may share a reference.
             save_file({"rows": self._parts[0].contiguous()}, tmp, metadata)
+            tmp.chmod(mode)
         self._changed = False
 
 

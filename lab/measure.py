@@ -92,7 +92,9 @@ def run(images, reference, features, prompts=None, out="out/measure", device="cp
     for folder in folders:
         if len(folder.keys) < 100:
             notes.append(f"{folder}: with {len(folder.keys)} images the intervals too are uncertain; take 100 or more")
-        notes += [f"{folder}: {name} cannot be read ({reason}); left out" for name, reason in folder.unreadable]
+        notes += [f"{folder}: {name} cannot be read ({reason}); left out" for name, reason in folder.unreadable[:10]]
+        if more := len(folder.unreadable[10:]):
+            notes.append(f"{folder}: {more:,} more files cannot be read; report.json names them")
         if copies := len(folder.keys) - len(set(folder.keys)):
             notes.append(f"{folder}: {copies:,} of {len(folder.keys):,} images are exact copies of others")
 
@@ -289,20 +291,25 @@ def tables(folders, found, extractors):
     """Markdown tables, which read well in a terminal too: one row per folder, the reference first."""
     lines = []
     for kind in (*[e.name for e in extractors], "pixels"):
-        for columns in TABLES:
-            columns = [c for c in columns if any(c in results[kind] for results in found)]
+        for table in TABLES:
+            columns = [c for c in table if any(c in results[kind] for results in found)]
             body = [
-                [
-                    str(folder),
-                    f"{len(folder.keys):,}",
-                    *[show(results[kind][c]) if c in results[kind] else "" for c in columns],
-                ]
+                [str(folder), f"{len(folder.keys):,}", *[_cell(results[kind], found[0][kind], c) for c in columns]]
                 for folder, results in zip(folders, found, strict=True)
                 if any(c in results[kind] for c in columns)
             ]
             if body:
                 lines += ["", *_table([kind, "images", *(TITLES[c] for c in columns)], body)]
     return "\n".join(lines[1:])
+
+
+def _cell(scores, reference, metric):
+    if metric not in scores:
+        return ""
+    text = show(scores[metric])
+    if metric in TABLES[2] and scores is not reference and reference[metric].value > 0:  # What counts is the drift.
+        text += f" ({scores[metric].value / reference[metric].value - 1:+.0%})"
+    return text
 
 
 def _table(head, body):

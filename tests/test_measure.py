@@ -289,6 +289,7 @@ def test_a_corrupt_cache_is_made_anew(digits, capsys, how):
     error = capsys.readouterr().err
     if how != "scores":
         assert f"note: {path}" in error and "computing it anew" in error
+    assert path.stat().st_mode & 0o44 == (digits / "out" / "report.json").stat().st_mode & 0o44
     assert path.stat().st_size > 0 and not list(digits.glob(".*.tmp"))
 
 
@@ -401,6 +402,8 @@ def test_the_command_prints_a_row_per_folder_and_leaves_a_report_and_a_picture(d
     lines = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
     assert lines == ["digits", "-" * 8, "cfg", "interval", *["digits", "-" * 8, "real", "cfg", "interval"],
                      *["pixels", "-" * 8, "real", "cfg", "interval"]]  # fmt: skip
+    (contrast,) = (line.split("|")[4] for line in out.splitlines() if line.startswith("| cfg") and "%" in line)
+    assert -35 < float(contrast.split("(")[1].split("%")[0]) < -25  # Made 30 % darker.
     assert "cfg: 1/broken.png cannot be read (cannot identify image file" in out
     assert "cfg: deep.png cannot be read (mode I;16; convert it to 8 bits per channel); left out" in out
     report = json.loads((digits / "out" / "report.json").read_text())
@@ -416,6 +419,25 @@ def test_every_usual_format_is_read(tmp_path, suffix):
     f = folder.Folder(tmp_path / "real")
     f.compute(features.Pixels(), [], measure.tqdm(disable=True))
     assert f.names == [f"deeper/{i:04d}{suffix}" for i in range(4)]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_every_usual_mode_is_read_as_pillow_converts_it(tmp_path, mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    (tmp_path / "x").mkdir()
+    image.save(tmp_path / "x" / f"a.{'tif' if mode == 'CMYK' else 'png'}")
+    f, pixels = folder.Folder(tmp_path / "x"), features.Pixels()
+    f.compute(pixels, [], measure.tqdm(disable=True))
+    torch.testing.assert_close(f.rows(pixels)[0], pixels.preprocess(image.convert("RGB")))
+
+
+def test_a_folder_full_of_broken_files_is_told_in_a_few_lines(digits):
+    for i in range(30):
+        (digits / "cfg" / f"broken{i:02d}.png").write_text("no image")
+    report = run(digits, "cfg")
+    about = [note for note in report["notes"] if "cannot be read" in note]
+    assert len(about) == 11 and about[-1] == "cfg: 20 more files cannot be read; report.json names them"
+    assert len(report["images"][0]["unreadable"]) == 30
 
 
 def test_few_images_are_measured_as_far_as_they_go(digits, capsys):
