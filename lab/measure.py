@@ -80,7 +80,7 @@ def run(images, reference, features, prompts=None, out="out/measure", device="cp
         if len(folder.names) < 2:
             raise ValueError(_too_few(folder))
 
-    notes, found = [], [{} for _ in folders]
+    said, found = {}, [{} for _ in folders]
     for extractor in (pixels, *extractors):
         wanted = [_texts(folder, extractor, given) for folder in folders]
         for folder, results, text in tqdm(
@@ -88,7 +88,12 @@ def run(images, reference, features, prompts=None, out="out/measure", device="cp
         ):
             scores = _kept_scores(folder, folders[0], extractor, text)
             results[extractor.name] = {name: Estimate(*scores[name]) for name in TITLES if name in scores}
-            notes += _notes(folder, folders[0], extractor, results[extractor.name], text)
+            for metric, sentence in _caveats(folder, folders[0], extractor, results[extractor.name], text):
+                said.setdefault(sentence, {}).setdefault(f"{folder}, {extractor.name}", []).append(metric)
+    notes = []
+    for sentence, places in said.items():  # Each once, for all that it holds for.
+        where = "; ".join(f"{place}: {', '.join(names)}" for place, names in places.items())
+        notes.append(f"{where}: {sentence}")
     for folder in folders:
         if len(folder.keys) < 100:
             notes.append(f"{folder}: with {len(folder.keys)} images the intervals too are uncertain; take 100 or more")
@@ -261,17 +266,17 @@ def _text_rows(folder, extractor, texts):
     return rows.get(keys)
 
 
-def _notes(folder, reference, extractor, scores, texts):
-    """Sentences on what so few images cannot bear, or what was not measured."""
-    where = f"{folder}, {extractor.name}: "
+def _caveats(folder, reference, extractor, scores, texts):
+    """Yield (metric, sentence) on what so few images cannot bear, or what was not measured."""
+    prompts = sum(t is not None for t in texts)
     for name, estimate in scores.items():
-        num = sum(t is not None for t in texts) if name == "clip_score" else len(folder.keys)
-        if said := metrics.caveat(name, estimate.value, num, len(reference.keys), extractor.dim, K):
-            yield where + said
+        num = prompts if name == "clip_score" else len(folder.keys)
+        if sentence := metrics.caveat(name, estimate.value, num, len(reference.keys), extractor.dim, K):
+            yield TITLES[name], sentence
     if extractor.name != "pixels" and folder is not reference and "recall" not in scores:
-        yield f"{where}precision, recall, density and coverage need {K + 2} images or more on both sides"
-    if extractor.name == "clip" and 0 < (n := sum(t is not None for t in texts)) < len(texts):
-        yield f"{where}CLIP score of the {n:,} of {len(texts):,} images that have a prompt"
+        yield "precision, recall, density, coverage", f"these need {K + 2} images or more on both sides"
+    if "clip_score" in scores and prompts < len(texts):
+        yield TITLES["clip_score"], f"of the {prompts:,} of {len(texts):,} images that have a prompt"
 
 
 # ----------------------------------------------------------------------------

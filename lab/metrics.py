@@ -324,39 +324,39 @@ def caveat(metric, value, num, num_reference, dim, k=5):
     small = min(num, num_reference)
     if metric == "fd" and small <= dim:
         return (
-            f"FD: {small:,} images in {dim:,} features have a singular covariance, and the value says more about the "
+            f"{small:,} images in {dim:,} features have a singular covariance, and the value says more about the "
             f"number of images than about them; take {5 * dim:,} or more (Heusel et al. 2017, their code)"
         )
     if metric == "fd" and small < 5 * dim:
         return (
-            f"FD: {small:,} images are few for {dim:,} features: the value is too high, by an amount that differs "
+            f"{small:,} images are few for {dim:,} features: the value is too high, by an amount that differs "
             f"between models (Chong and Forsyth 2020); take {5 * dim:,} or more (Heusel et al. 2017, their code)"
         )
     if metric == "cmmd":
         diagonal = 10 * (1 / num + 1 / num_reference)  # For unit vectors with no negative cosine.
         if diagonal > 0.2 * value:
             return (
-                f"CMMD: up to {diagonal:.2g} of it come from each image being compared with itself (Gretton et al. "
+                f"up to {diagonal:.2g} of it come from each image being compared with itself (Gretton et al. "
                 f"2012, eq. 5), with {num:,} images and {num_reference:,} in the reference; take more"
             )
     if metric == "coverage" and (best := expected_coverage(num_reference, num, k)) < 0.9:
         return (
-            f"coverage: {num:,} images can cover {best:.0%} of {num_reference:,} at best (Naeem et al. 2020, "
+            f"{num:,} images can cover {best:.0%} of {num_reference:,} at best (Naeem et al. 2020, "
             "sec. 3.3); take as many images as the reference has"
         )
     if metric in ("precision", "recall") and max(num, num_reference) > 2 * small:
         return (
-            f"{metric}: the sets have {num:,} and {num_reference:,} images, and the smaller one's balls are wider; "
+            f"the sets have {num:,} and {num_reference:,} images, and the smaller one's balls are wider; "
             "take as many images as the reference has (Kynkaanniemi et al. 2019, sec. 2)"
         )
     if metric == "vendi" and value > num / 10:
         return (
-            f"Vendi score: {value:.3g} of at most {num:,}; it still grows with the number of images (Ospanov and "
-            "Farnia 2024), compare equal numbers only"
+            f"above a tenth of {num:,}, where it still grows with the number of images (Ospanov and Farnia 2024); "
+            "compare equal numbers only"
         )
     if metric in ("precision", "recall", "coverage", "accuracy") and num * min(value, 1 - value) < 5:
         return (
-            f"{metric}: hardly an exception among {num:,} images; whatever the interval says, the share may be off by "
+            f"hardly an exception among {num:,} images; whatever the interval says, the share may be off by "
             f"{3 / num:.2g} (the rule of three, Hanley and Lippman-Hand 1983)"
         )
     return None

@@ -209,8 +209,8 @@ def test_prompts_come_from_a_file_or_from_beside_the_images(tmp_path, clip, caps
     (tmp_path / "prompts.json").write_text(json.dumps({"0000.png": "a photo of the digit", "0008.png": "dog"}))
     beside = run(tmp_path, "cfg", features=[f"clip={clip}"])
     both = run(tmp_path, "cfg", features=[f"clip={clip}"], prompts=tmp_path / "prompts.json")
-    assert any("CLIP score of the 7 of 9 images" in note for note in beside["notes"])
-    assert any("CLIP score of the 8 of 9 images" in note for note in both["notes"])
+    assert any("cfg, clip: CLIP score: of the 7 of 9 images" in note for note in beside["notes"])
+    assert any("cfg, clip: CLIP score: of the 8 of 9 images" in note for note in both["notes"])
     extractor = features.get_extractor(f"clip={clip}")
     files = [tmp_path / "cfg" / f"{i:04d}.png" for i in range(7)]
     images = extractor.rows([extractor.preprocess(Image.open(f)) for f in files])
@@ -447,7 +447,7 @@ def test_few_images_are_measured_as_far_as_they_go(digits, capsys):
     report = run(digits, "two")
     assert {"fd", "vendi", "distance"} <= report["images"][0]["metrics"]["digits"].keys()
     text = "\n".join(report["notes"])
-    assert "two, digits: precision, recall, density and coverage need 7 images or more on both sides" in text
+    assert "two, digits: precision, recall, density, coverage: these need 7 images or more on both sides" in text
     assert "two, digits: FD: 2 images in 64 features have a singular covariance" in text
 
 

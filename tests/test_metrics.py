@@ -220,7 +220,7 @@ def test_sets_that_make_no_sense_are_refused():
         ("coverage", 0.3, 100, 1000, "100 images can cover 38% of 1,000 at best"),
         ("coverage", 0.9, 1000, 1000, None),
         ("recall", 0.5, 300, 1000, "the sets have 300 and 1,000 images"),
-        ("vendi", 90.0, 200, 200, "90 of at most 200; it still grows"),
+        ("vendi", 90.0, 200, 200, "above a tenth of 200, where it still grows"),
         ("precision", 0.999, 1000, 1000, "hardly an exception among 1,000 images; .* off by 0.003"),
         ("accuracy", 0.9, 1000, 1000, None),
         ("saturation", 0.5, 99, 1000, None),
