@@ -113,7 +113,7 @@ class Inception:
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(self.path))
         except Exception as e:  # Of many kinds, from torch's unpickler.
             raise ValueError(f"features inception: {self.path} is not torch-fidelity's {INCEPTION_FILE}") from e
-        return network.to(self.device)
+        return network.eval().to(self.device)  # torch-fidelity 0.3 leaves that to its caller.
 
     def preprocess(self, image):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # The network resizes, as TensorFlow 1 did.
