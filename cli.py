@@ -1,4 +1,4 @@
-"""The command `guidance-interval`: `demo`, `sweep` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep`, `measure` and `info`."""
 
 import argparse
 import math
@@ -16,14 +16,17 @@ def main(argv=None):
     """Run the command; return its exit code: 0, or 2 after an error told in one line on stderr."""
     args = parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:  # `guidance-interval info | head`: the reader has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as e:
         print(f"guidance-interval: error: {e}", file=sys.stderr)
         return 2
     except ImportError as e:
-        print(f"guidance-interval: error: {e}; install it with: pip install 'guidance-interval[lab]'", file=sys.stderr)
+        extra = getattr(args, "extra", "lab")
+        print(
+            f"guidance-interval: error: {e}; install it with: pip install 'guidance-interval[{extra}]'", file=sys.stderr
+        )
         return 2
     return 0
 
@@ -59,6 +62,26 @@ def parser():
     sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
     sweep.add_argument("--model", help="your own: a file of lab/train.py, or module:function(device) -> lab.model.Lab")
     sweep.set_defaults(run=run_sweep)
+
+    measure = commands.add_parser(
+        "measure",
+        help="compare folders of images with a reference: distances, fidelity, variety, adherence, saturation",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    measure.add_argument("--images", nargs="+", required=True, metavar="DIR", help="folders to measure, a row for each")
+    measure.add_argument("--reference", required=True, metavar="DIR", help="folder of the images to compare with")
+    measure.add_argument(
+        "--features",
+        nargs="+",
+        default=["clip"],
+        metavar="NAME[=PATH]",
+        help="digits, inception, dinov2 or clip; PATH: weights that are not where their library keeps them",
+    )
+    measure.add_argument("--prompts", metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image")
+    measure.add_argument("--out", default="out/measure", help="folder for report.json and the picture")
+    measure.add_argument("--cache", metavar="DIR", help="folder for what is computed, if not beside each DIR")
+    measure.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    measure.set_defaults(run=run_measure, extra="measure")
 
     info = commands.add_parser(
         "info",
@@ -143,6 +166,24 @@ def run_sweep(args):
         devices=args.device,
         source=args.model,
     )
+
+
+def run_measure(args):
+    from .lab import measure
+
+    try:
+        measure.run(
+            images=args.images,
+            reference=args.reference,
+            features=args.features,
+            prompts=args.prompts,
+            out=args.out,
+            device=args.device,
+            cache=args.cache,
+        )
+    except KeyboardInterrupt:
+        print("guidance-interval: interrupted; what is computed is kept, run the command again", file=sys.stderr)
+        return 130
 
 
 def run_info(args):

@@ -101,12 +101,12 @@ def test_pixel_statistics_are_those_of_pillow_and_of_the_definitions():
     pixels = np.random.default_rng(0).integers(1, 255, (40, 30, 3), dtype=np.uint8)
     pixels[:10, :, 0] = 255
     pixels[10:15] = 128  # Grey: no saturation.
-    saturation, contrast, clipped = metrics.pixel_statistics(torch.as_tensor(pixels)).tolist()
+    saturation, contrast, clipped = metrics.pixel_statistics(pixels).tolist()
     image = Image.fromarray(pixels)
     assert saturation == pytest.approx(np.asarray(image.convert("HSV"))[..., 1].mean() / 255, abs=0.003)
     assert contrast == pytest.approx(np.asarray(image.convert("L")).std() / 255, abs=0.003)
     assert clipped == pytest.approx(0.25)
-    assert metrics.pixel_statistics(torch.zeros(4, 4, 3, dtype=torch.uint8)).tolist() == [0, 0, 1]
+    assert metrics.pixel_statistics(np.zeros((4, 4, 3), np.uint8)).tolist() == [0, 0, 1]
 
 
 # ----------------------------------------------------------------------------
@@ -128,21 +128,21 @@ def test_unions_have_the_influence_of_leaving_a_sample_out(name):
     torch.testing.assert_close(getattr(influence, name), expected)
 
 
-@pytest.mark.parametrize("dim", [6, 400])
+@pytest.mark.parametrize("dim", [6, 300])
 def test_smooth_metrics_have_the_influence_of_leaving_a_sample_out(dim):
     """To first order: the rest is of the next order in 1 / N."""
     spectrum = 1 / (1 + torch.arange(dim))  # Few directions hold most of the variance, as in any network's features.
-    x, y = normal(300, dim, 0.3) * spectrum, normal(350, dim, 0, 1.3, seed=1) * spectrum
+    x, y = normal(200, dim, 0.3) * spectrum, normal(250, dim, 0, 1.3, seed=1) * spectrum
     functions = {"cmmd": lambda x, i=False: metrics.cmmd(x, y, i), "vendi": metrics.vendi}
     functions["distance"] = metrics.mean_distance
-    if dim < 300:
+    if dim < 200:
         functions["fd"] = lambda x, i=False: metrics.frechet_to(x, *metrics.gaussian(y), i)
     for name, function in functions.items():
         _, influence = function(x, True)
         assert abs(influence.mean()) < 1e-9, name
         expected = leave_one_out(function, x)
         assert np.corrcoef(influence, expected)[0, 1] > 0.98, name
-        assert influence.std() / expected.std() == pytest.approx(1, abs=0.05), name
+        assert influence.std() / expected.std() == pytest.approx(1, abs=0.08), name
 
 
 @pytest.mark.parametrize(("shift", "tolerance"), [(0.1, 0.15), (0.5, 0.05)])
@@ -220,10 +220,10 @@ def test_sets_that_make_no_sense_are_refused():
         ("coverage", 0.3, 100, 1000, "100 images can cover 38% of 1,000 at best"),
         ("coverage", 0.9, 1000, 1000, None),
         ("recall", 0.5, 300, 1000, "the sets have 300 and 1,000 images"),
-        ("vendi", 90.0, 200, 200, "90 of at most 200; it still grows"),
+        ("vendi", 90.0, 200, 200, "above a tenth of 200, where it still grows"),
         ("precision", 0.999, 1000, 1000, "hardly an exception among 1,000 images; .* off by 0.003"),
         ("accuracy", 0.9, 1000, 1000, None),
-        ("saturation", 0.5, 99, 1000, "with 99 images the interval itself is uncertain"),
+        ("saturation", 0.5, 99, 1000, None),
     ],
 )
 def test_too_few_samples_are_told_with_the_source(metric, value, num, reference, says):

@@ -1,0 +1,281 @@
+"""The networks whose features images are compared in, behind one small protocol.
+
+An extractor has
+- `name`, as `--features` takes it, and `dim`, the number of features;
+- `identity`, which changes with the weights and the preprocessing, and is known before the network is loaded;
+- `preprocess(image)`: one PIL image in RGB to a tensor, in any thread;
+- `rows(tensors)`: a list of B of them to float32 [B, dim] on the CPU; `digits` appends its 10 logits.
+
+Weights are where the ecosystem keeps them, or in a local file or folder that is given as the source.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import data, model
+from .metrics import pixel_statistics
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+def get_extractor(spec, device="cpu"):
+    """The extractor for `name` or `name=PATH`.
+
+    Raises ValueError for another name, ImportError without its package, OSError without its weights.
+    """
+    name, _, source = spec.partition("=")
+    if name not in EXTRACTORS:
+        raise ValueError(f"unknown features {name!r}; there are {', '.join(EXTRACTORS)}, each with =PATH if need be")
+    if importlib.util.find_spec(EXTRACTORS[name].needs) is None:  # Now, not when the first batch has been read.
+        raise ImportError(f"features {name} need {EXTRACTORS[name].needs}")
+    return EXTRACTORS[name](device, source or None)
+
+
+class Pixels:
+    """No network: the statistics that show first when guidance is too strong (`metrics.pixel_statistics`)."""
+
+    name, dim, identity = "pixels", 3, "pixels/1"
+
+    def preprocess(self, image):
+        return pixel_statistics(np.asarray(image))
+
+    def rows(self, tensors):
+        return torch.stack(tensors)
+
+
+class Digits:
+    """The classifier that ships, for this project's own digits: 28x28, grey, light on dark."""
+
+    name, dim, needs = "digits", 64, "safetensors"
+
+    def __init__(self, device="cpu", source=None):
+        self.path, self.device = Path(source or model.SHIPPED), device
+        if not self.path.is_file():
+            raise FileNotFoundError(f"features digits={source}: no such file; give one that `make train` wrote")
+        self.identity = f"digits/1 {fingerprint(self.path)}"
+
+    @cached_property
+    def lab(self):
+        return model.load(self.path, self.device)
+
+    def preprocess(self, image):
+        size = (data.IMAGE_SIZE, data.IMAGE_SIZE)
+        return torch.from_numpy(np.array(image.convert("L").resize(size, Image.Resampling.BILINEAR)))
+
+    @torch.inference_mode()
+    def rows(self, tensors):
+        config = self.lab.config
+        x = data.to_model(torch.stack(tensors), config["pixel_mean"], config["pixel_std"])
+        return torch.cat(self.lab.classifier(x.to(self.device)), dim=1).float().cpu()
+
+
+class Inception:
+    """Inception of the original FID (Heusel et al. 2017): torch-fidelity's port of the TensorFlow graph."""
+
+    name, dim, needs = "inception", 2048, "torch_fidelity"
+
+    def __init__(self, device="cpu", source=None):
+        self.path, self.device = Path(source or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE), device
+        if source and not self.path.is_file():
+            raise FileNotFoundError(
+                f"features inception={source}: no such file; give torch-fidelity's {INCEPTION_FILE}"
+            )
+        if not self.path.is_file():
+            self._download()
+        self.identity = f"inception/1 {fingerprint(self.path)}"
+
+    def _download(self):
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(self.path), INCEPTION_FILE[-12:-4])
+        except OSError as e:
+            raise OSError(
+                f"features inception: {self.path} is missing and cannot be downloaded ({_reason(e)}); "
+                f"put {URL_INCEPTION_V3} there, or name it: --features inception=PATH"
+            ) from e
+
+    @cached_property
+    def network(self):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        try:
+            torch.load(self.path, map_location="meta", weights_only=True)  # Refuses what torch-fidelity would run.
+            network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(self.path))
+        except Exception as e:  # Of many kinds, from torch's unpickler.
+            raise ValueError(f"features inception: {self.path} is not torch-fidelity's {INCEPTION_FILE}") from e
+        return network.eval().to(self.device)  # torch-fidelity 0.3 leaves that to its caller.
+
+    def preprocess(self, image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # The network resizes, as TensorFlow 1 did.
+
+    @torch.inference_mode()
+    def rows(self, tensors):
+        rows, by_shape = torch.empty(len(tensors), self.dim), {}
+        for i, tensor in enumerate(tensors):
+            by_shape.setdefault(tensor.shape, []).append(i)
+        for shape, members in by_shape.items():
+            for index in torch.tensor(members).split(max(1, 2**25 // shape.numel())):  # Photos, one by one.
+                batch = torch.stack([tensors[i] for i in index]).to(self.device)
+                rows[index] = self.network(batch)[0].float().cpu()
+        return rows
+
+
+class _HubModel:
+    """A network of transformers: from the Hugging Face cache, which is filled at the first use, or a folder."""
+
+    needs = "transformers"
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, device="cpu", source=None):
+        self.device, self.revision = device, None
+        if source:
+            self.source, config = Path(source), Path(source) / "config.json"
+            if not config.is_file():
+                raise FileNotFoundError(
+                    f"features {self.name}={source}: no config.json there; give a folder of {self.hub}"
+                )
+            weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in self.source.glob(pattern))
+            which = fingerprint(config, *weights)
+        else:
+            self.source, config = self.hub, self._cached_config()
+            self.revision = which = config.parent.name
+        self.config = json.loads(config.read_text())
+        found = self.config.get("model_type")
+        if found != self.model_type:
+            raise ValueError(f"features {self.name}: {config} is of a {found!r} model, not {self.model_type!r}")
+        self.identity = f"{self.name}/1 {which}"
+
+    def _cached_config(self):
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache, utils
+
+        cached = try_to_load_from_cache(self.hub, "config.json")
+        if isinstance(cached, str):
+            return Path(cached)  # No look at the hub: the same weights as the last time.
+        print(f"note: {self.hub} is not in {constants.HF_HUB_CACHE} yet; asking the hub for it", file=sys.stderr)
+        utils.logging.set_verbosity_error()  # Else it tells of every one of its attempts.
+        try:
+            return Path(hf_hub_download(self.hub, "config.json"))
+        except Exception as e:  # Of httpx, of the hub, of the file system.
+            raise self._missing(e) from e
+
+    def _missing(self, error):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return OSError(
+            f"features {self.name}: {self.hub} is not in {HF_HUB_CACHE} and cannot be downloaded ({_reason(error)}); "
+            f"run `hf download {self.hub}` with a network, or name a copy: --features {self.name}=FOLDER"
+        )
+
+    def _load(self, cls):
+        try:
+            network, info = cls.from_pretrained(self.source, revision=self.revision, output_loading_info=True)
+        except OSError as e:
+            raise self._missing(e) from e
+        if info["missing_keys"]:  # transformers would leave these random, and the numbers with them.
+            raise ValueError(
+                f"features {self.name}: {self.source} lacks the weights {sorted(info['missing_keys'])[:3]}"
+            )
+        return network.float().eval().requires_grad_(False).to(self.device)
+
+    def _normalized(self, image):  # In numpy, which starts no threads of its own in those of the loader.
+        x = (np.asarray(image, np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
+        return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
+
+
+class DINOv2(_HubModel):
+    """DINOv2 ViT-L/14, as in FD_DINOv2 (Stein et al. 2023, their code): the class token after the last norm."""
+
+    name, hub, model_type = "dinov2", "facebook/dinov2-large", "dinov2"
+
+    @property
+    def dim(self):
+        return self.config.get("hidden_size", 768)  # A config may leave out what is the default.
+
+    @cached_property
+    def network(self):
+        from transformers import AutoModel
+
+        return self._load(AutoModel)
+
+    def preprocess(self, image):
+        return self._normalized(image.resize((224, 224), Image.Resampling.BICUBIC))  # Whatever its proportions.
+
+    @torch.inference_mode()
+    def rows(self, tensors):
+        return self.network(torch.stack(tensors).to(self.device)).pooler_output.cpu()
+
+
+class CLIP(_HubModel):
+    """CLIP ViT-L/14 at 336 pixels, as in CMMD (Jayasumana et al. 2024, their code): the projected embedding."""
+
+    name, hub, model_type = "clip", "openai/clip-vit-large-patch14-336", "clip"
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def dim(self):
+        return self.config.get("projection_dim", 512)
+
+    @cached_property
+    def network(self):
+        from transformers import CLIPModel
+
+        return self._load(CLIPModel)
+
+    def preprocess(self, image):
+        size, short = self.config["vision_config"].get("image_size", 224), min(image.size)
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        square = image.crop((left, top, left + short, top + short))
+        return self._normalized(square.resize((size, size), Image.Resampling.BICUBIC))
+
+    @torch.inference_mode()
+    def rows(self, tensors):
+        pooled = self.network.vision_model(torch.stack(tensors).to(self.device)).pooler_output
+        return self.network.visual_projection(pooled).cpu()
+
+    @cached_property
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.source, revision=self.revision)
+        except (OSError, ValueError) as e:
+            raise self._missing(e) from e
+
+    @torch.inference_mode()
+    def text_rows(self, prompts):
+        """Embeddings of B prompts, float32 [B, dim]; what is longer than the model takes is cut off."""
+        length = self.config["text_config"].get("max_position_embeddings", 77)
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = {k: tokens[k].to(self.device) for k in ("input_ids", "attention_mask")}
+        return self.network.text_projection(self.network.text_model(**tokens).pooler_output).cpu()
+
+
+EXTRACTORS = {cls.name: cls for cls in (Digits, Inception, DINOv2, CLIP)}
+
+
+def fingerprint(*paths, pieces=32, size=2**16):
+    """A hash of files by their sizes and evenly spaced pieces: no two trained networks agree in all of those."""
+    digest = hashlib.sha256()
+    for path in paths:
+        end = path.stat().st_size
+        digest.update(f"{path.name} {end};".encode())
+        with open(path, "rb") as f:
+            for start in np.linspace(0, max(0, end - size), pieces, dtype=int).tolist():
+                f.seek(start)
+                digest.update(f.read(size))
+    return digest.hexdigest()[:16]
+
+
+def _reason(error):
+    """The first line of an error, for a message of one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -1,0 +1,574 @@
+"""`guidance-interval measure`, offline: networks of the real classes with random weights."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from guidance_interval import cli
+from guidance_interval.lab import data, features, folder, measure, metrics
+from PIL import Image
+
+# ----------------------------------------------------------------------------
+# Images and networks.
+
+
+load_digits = functools.cache(data.load_digits)
+
+
+def write_digits(path, start, num, darker=1.0):
+    """Class folders of real digits."""
+    images, labels = load_digits()
+    order = np.arange(len(labels)).reshape(10, -1).T.ravel()[start : start + num]  # The classes in turn.
+    for i in order:
+        file = path / str(labels[i]) / f"{i:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((images[i] * darker).astype(np.uint8)).save(file)
+    return path
+
+
+def write_colours(path, num, seed, low=0, size=(40, 32), suffix=".png"):
+    """Smooth random pictures."""
+    rng = np.random.default_rng(seed)
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(num):
+        small = Image.fromarray(rng.integers(low, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(path / f"{i:04d}{suffix}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file as torch-fidelity's, of random weights."""
+    import torch_fidelity.feature_extractor_inceptionv3 as module
+
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = module.FeatureExtractorInceptionV3("inception", ["2048"])
+    torch.manual_seed(0)
+    for part in network.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(part.weight)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _quick(request, monkeypatch):
+    """Drawing takes most of a small run's time: it is left to the tests that look at the picture."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(measure, "picture", lambda *_: None)
+
+
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    path = tmp_path_factory.mktemp("clip")
+    letters = sorted(set("a photo of the digit red dog blue"))
+    vocabulary = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({v: i for i, v in enumerate(vocabulary)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt")).save_pretrained(path)
+    text = dict(vocab_size=len(vocabulary), max_position_embeddings=16, eos_token_id=len(vocabulary) - 1, **TINY)
+    vision = dict(image_size=28, patch_size=7, **TINY)
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dinov2(tmp_path_factory):
+    from transformers import Dinov2Config, Dinov2Model
+
+    path = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(image_size=56, patch_size=14, **TINY)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Three folders of 60 digits: a reference, others, and darker ones."""
+    write_digits(tmp_path / "real", 0, 60)
+    write_digits(tmp_path / "cfg", 60, 60, darker=0.7)
+    write_digits(tmp_path / "interval", 120, 60)
+    return tmp_path
+
+
+def run(root, *images, reference="real", features=("digits",), **more):
+    return measure.run([str(root / i) for i in images], str(root / reference), features, out=root / "out", **more)
+
+
+def numbers(report):
+    return [report["reference"]["metrics"], [r["metrics"] for r in report["images"]]]
+
+
+def rows_computed(monkeypatch, extractor=features.Digits):
+    """A list of how many images each call of `rows` was given."""
+    calls, rows = [], extractor.rows
+    monkeypatch.setattr(extractor, "rows", lambda self, tensors: (calls.append(len(tensors)), rows(self, tensors))[1])
+    return calls
+
+
+# ----------------------------------------------------------------------------
+# The numbers.
+
+
+def test_fid_is_that_of_torch_fidelity_and_of_clean_fid(tmp_path, inception):
+    """End to end: the same folders and the same weights."""
+    import torch_fidelity
+    from cleanfid.fid import frechet_distance
+
+    paths = [write_colours(tmp_path / name, n, n, low) for name, n, low in (("real", 16, 0), ("cfg", 14, 60))]
+    report = run(tmp_path, "cfg", features=[f"inception={inception}"])
+    fid = report["images"][0]["metrics"]["inception"]["fd"]["value"]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(paths[1]), input2=str(paths[0]), fid=True, cuda=False, cache=False, verbose=False,
+        feature_extractor_weights_path=str(inception),
+    )["frechet_inception_distance"]  # fmt: skip
+    assert fid == pytest.approx(theirs, rel=1e-3)
+
+    extractor = features.get_extractor(f"inception={inception}")
+    sets = []
+    for path in paths:
+        f = folder.Folder(path)
+        f.compute(features.Pixels(), [extractor], measure.tqdm(disable=True))
+        sets.append(f.rows(extractor).double())
+    basis = torch.linalg.qr(torch.cat(sets).mT).Q  # All that varies: 30 directions of the 2,048.
+    statistics = [s for x in sets for s in ((x @ basis).mean(0).numpy(), np.cov((x @ basis).numpy(), rowvar=False))]
+    assert fid == pytest.approx(frechet_distance(*statistics), rel=1e-3)
+    assert any("14 images in 2,048 features have a singular covariance" in note for note in report["notes"])
+
+
+def test_the_report_holds_what_the_metrics_say_of_the_rows(digits):
+    report = run(digits, "cfg", "interval")
+    extractor = features.Digits()
+    rows = {}
+    for name in ("real", "cfg", "interval"):
+        files = sorted((digits / name).rglob("*.png"))
+        rows[name] = extractor.rows([extractor.preprocess(Image.open(f).convert("RGB")) for f in files])[:, :64]
+    for name, entry in zip(("cfg", "interval"), report["images"], strict=True):
+        found = entry["metrics"]["digits"]
+        fd = metrics.frechet_to(rows[name], *metrics.gaussian(rows["real"]))
+        assert found["fd"]["value"] == pytest.approx(fd.item(), rel=1e-6)
+        prdc = metrics.prdc(rows["real"], rows[name])._asdict()
+        assert [found[k]["value"] for k in prdc] == pytest.approx([v.item() for v in prdc.values()])
+        assert found["vendi"]["value"] == pytest.approx(metrics.vendi(rows[name]).item(), rel=1e-6)
+        for estimate in found.values():
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    cfg, interval = (entry["metrics"] for entry in report["images"])
+    assert cfg["digits"]["fd"]["value"] > interval["digits"]["fd"]["value"]
+    assert cfg["pixels"]["contrast"]["value"] == pytest.approx(0.7 * interval["pixels"]["contrast"]["value"], rel=0.1)
+    assert interval["digits"]["accuracy"]["value"] > 0.95 and "fd" not in report["reference"]["metrics"]["digits"]
+
+
+def test_accuracy_is_told_only_of_class_folders(digits):
+    shutil.copytree(digits / "cfg" / "3", digits / "flat")
+    report = run(digits, "flat")
+    assert "accuracy" not in report["images"][0]["metrics"]["digits"]
+    assert "accuracy" in report["reference"]["metrics"]["digits"]
+
+
+def test_clip_and_dinov2_are_what_transformers_computes(tmp_path, clip, dinov2):
+    from transformers import AutoModel, CLIPModel, CLIPTokenizer
+
+    images = [Image.open(p) for p in sorted(write_colours(tmp_path / "x", 3, 0).iterdir())]
+    extractor = features.get_extractor(f"clip={clip}")
+    pixels = torch.stack([extractor.preprocess(i) for i in images])
+    network, tokenizer = CLIPModel.from_pretrained(clip).eval(), CLIPTokenizer.from_pretrained(clip)
+    prompts = ["a red dog", "a dog", "blue"]
+    output = network(pixel_values=pixels, **tokenizer(prompts, padding=True, return_tensors="pt"))
+    cosine = torch.nn.functional.cosine_similarity
+    ours, text = extractor.rows(list(pixels)), extractor.text_rows(prompts)
+    assert cosine(ours, output.image_embeds).min() > 1 - 1e-5 and cosine(text, output.text_embeds).min() > 1 - 1e-5
+    expected = 100 * cosine(output.image_embeds, output.text_embeds).clamp(min=0)
+    assert metrics.clip_score(ours, text).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    crop = np.asarray(images[0].crop((4, 0, 36, 32)).resize((28, 28), Image.Resampling.BICUBIC)) / 255
+    expected = (crop - features.CLIP.mean) / features.CLIP.std  # The middle square.
+    assert pixels[0].permute(1, 2, 0).numpy() == pytest.approx(expected, abs=1e-5)
+
+    extractor = features.get_extractor(f"dinov2={dinov2}")
+    pixels = torch.stack([extractor.preprocess(i) for i in images])
+    assert pixels.shape == (3, 3, 224, 224)
+    state = AutoModel.from_pretrained(dinov2).eval()(pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(extractor.rows(list(pixels)), state)
+
+
+def test_prompts_come_from_a_file_or_from_beside_the_images(tmp_path, clip, capsys):
+    write_colours(tmp_path / "real", 8, 0)
+    for i, path in enumerate(sorted(write_colours(tmp_path / "cfg", 9, 1).iterdir())):
+        if i < 7:
+            path.with_suffix(".txt").write_text("a red dog\n" if i % 2 else "blue")
+    (tmp_path / "prompts.json").write_text(json.dumps({"0000.png": "a photo of the digit", "0008.png": "dog"}))
+    beside = run(tmp_path, "cfg", features=[f"clip={clip}"])
+    both = run(tmp_path, "cfg", features=[f"clip={clip}"], prompts=tmp_path / "prompts.json")
+    assert any("cfg, clip: CLIP score: of the 7 of 9 images" in note for note in beside["notes"])
+    assert any("cfg, clip: CLIP score: of the 8 of 9 images" in note for note in both["notes"])
+    extractor = features.get_extractor(f"clip={clip}")
+    files = [tmp_path / "cfg" / f"{i:04d}.png" for i in range(7)]
+    images = extractor.rows([extractor.preprocess(Image.open(f)) for f in files])
+    text = extractor.text_rows(["a red dog" if i % 2 else "blue" for i in range(7)])
+    expected = metrics.clip_score(images, text).mean().item()
+    scores = [r["images"][0]["metrics"]["clip"]["clip_score"]["value"] for r in (beside, both)]
+    assert scores[0] == pytest.approx(expected, rel=1e-4) and scores[1] != scores[0]
+    assert "clip_score" not in beside["reference"]["metrics"]["clip"]
+    cmmd = beside["images"][0]["metrics"]["clip"]["cmmd"]["value"]
+    rows = folder.Rows(tmp_path / "real.clip.safetensors", extractor.identity)
+    real = rows.get(list(rows._where))
+    cfg = extractor.rows([extractor.preprocess(Image.open(f)) for f in sorted((tmp_path / "cfg").glob("*.png"))])
+    assert cmmd == pytest.approx(metrics.cmmd(cfg, real).item(), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------
+# The caches.
+
+
+def test_a_second_run_reads_and_computes_nothing(digits, monkeypatch):
+    first = run(digits, "cfg", "interval")
+    monkeypatch.setattr(folder.Folder, "_read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(features.Digits, "rows", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(measure, "score", lambda *_: pytest.fail("scored again"))
+    before = {p: p.stat().st_mtime_ns for p in digits.glob("*.safetensors")}
+    assert len(before) == 6
+    assert numbers(run(digits, "cfg", "interval")) == numbers(first)
+    assert before == {p: p.stat().st_mtime_ns for p in digits.glob("*.safetensors")}
+
+
+def test_only_what_is_new_is_computed(digits, monkeypatch):
+    first = run(digits, "cfg")
+    calls = rows_computed(monkeypatch)
+    for path in (digits / "cfg").rglob("*.png"):  # Touched: read, and known by content.
+        os.utime(path, (1, 1))
+    assert numbers(run(digits, "cfg")) == numbers(first) and calls == []
+    monkeypatch.setattr(folder.Folder, "_read", lambda *_: pytest.fail("read again"))
+    run(digits, "cfg")
+    monkeypatch.undo()
+
+    calls, changed = rows_computed(monkeypatch), next((digits / "cfg" / "1").iterdir())
+    write_digits(digits / "cfg", 300, 17)  # Added.
+    shutil.copy(changed, changed.with_name("copy.png"))
+    added = run(digits, "cfg")
+    assert sum(calls) == 17 and added["images"][0]["images"] == 78
+    assert any("cfg: 1 of 78 images are exact copies of others" in note for note in added["notes"])
+
+    calls.clear()
+    Image.new("L", (28, 28), 200).save(changed)  # Changed in place.
+    again = run(digits, "cfg")
+    assert sum(calls) == 1 and numbers(again) != numbers(added)
+
+    for path in [*(digits / "cfg" / "3").iterdir(), changed]:  # Gone: as if they had never been.
+        path.unlink()
+    few = run(digits, "cfg")
+    for path in [*digits.glob("*.safetensors"), *digits.glob("*.json")]:
+        path.unlink()
+    fresh = run(digits, "cfg")
+    for kind in ("digits", "pixels"):
+        for name, estimate in fresh["images"][0]["metrics"][kind].items():
+            assert few["images"][0]["metrics"][kind][name] == pytest.approx(estimate, rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("how", ["text", "truncated", "empty", "scores", "directory"])
+def test_a_corrupt_cache_is_made_anew(digits, capsys, how):
+    first = run(digits, "cfg")
+    path = digits / ("cfg.digits.scores.json" if how == "scores" else "cfg.digits.safetensors")
+    content = path.read_bytes()
+    path.write_bytes({"text": b"not features", "truncated": content[: len(content) // 2]}.get(how, b""))
+    if how == "directory":
+        path = digits / "cfg.pixels.safetensors"
+        path.write_bytes(content)  # Another extractor's.
+    capsys.readouterr()
+    again = run(digits, "cfg")
+    assert numbers(again) == numbers(first)
+    error = capsys.readouterr().err
+    if how != "scores":
+        assert f"note: {path}" in error and "computing it anew" in error
+    assert path.stat().st_mode & 0o44 == (digits / "out" / "report.json").stat().st_mode & 0o44
+    assert path.stat().st_size > 0 and not list(digits.glob(".*.tmp"))
+
+
+def test_other_weights_are_another_cache(tmp_path, clip, capsys):
+    from transformers import CLIPModel
+
+    write_colours(tmp_path / "real", 8, 0)
+    write_colours(tmp_path / "cfg", 8, 1)
+    first = run(tmp_path, "cfg", features=[f"clip={clip}"])
+    other = shutil.copytree(clip, tmp_path / "other")
+    network = CLIPModel.from_pretrained(clip)
+    with torch.no_grad():
+        network.visual_projection.weight.mul_(torch.linspace(0.5, 2, 16)[:, None])
+    network.save_pretrained(other)
+    capsys.readouterr()
+    second = run(tmp_path, "cfg", features=[f"clip={other}"])
+    assert numbers(second) != numbers(first)
+    assert "cfg.clip.safetensors was computed by clip/1" in capsys.readouterr().err
+
+
+def test_a_killed_run_keeps_what_it_has_computed(tmp_path):
+    """SIGKILL in the middle; the next run computes the rest, and ends with the numbers of one that was not killed."""
+    write_digits(tmp_path / "real", 0, 200)
+    write_digits(tmp_path / "cfg", 200, 200)
+    code = (
+        "import sys, time; from guidance_interval.lab import features, folder, measure\n"
+        "folder.SAVE_EVERY = 0.0\n"
+        "rows = features.Digits.rows\n"
+        "features.Digits.rows = lambda self, t: (time.sleep(0.3), rows(self, t))[1]\n"
+        "measure.run([sys.argv[2]], sys.argv[1], ['digits'], out=sys.argv[3])\n"
+    )
+    arguments = [str(tmp_path / name) for name in ("real", "cfg", "out")]
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, env=one_thread())
+    cache = tmp_path / "real.digits.safetensors"
+    deadline = time.monotonic() + 60
+    while not cache.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = len(folder.Rows(cache, features.Digits().identity)._where)
+    assert 0 < kept < 200
+
+    with pytest.MonkeyPatch.context() as patch:
+        calls = rows_computed(patch)
+        resumed = run(tmp_path, "cfg")
+        assert sum(calls) == 400 - kept
+    assert not list(tmp_path.glob(".*.tmp"))
+    shutil.rmtree(tmp_path / "out")
+    fresh = measure.run([tmp_path / "cfg"], tmp_path / "real", ["digits"], out=tmp_path / "out", cache=tmp_path / "c")
+    assert fresh["images"][0]["metrics"]["digits"]["fd"]["value"] == pytest.approx(
+        resumed["images"][0]["metrics"]["digits"]["fd"]["value"], rel=1e-4
+    )
+
+
+def test_an_interrupt_keeps_what_is_computed(digits, monkeypatch, capsys):
+    calls = []
+
+    def interrupted(self, tensors):
+        calls.append(len(tensors))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return torch.zeros(len(tensors), 74)
+
+    monkeypatch.setattr(features.Digits, "rows", interrupted)
+    args = ["measure", "--images", str(digits / "cfg"), "--reference", str(digits / "real"), "--features", "digits"]
+    assert cli.main([*args, "--out", str(digits / "out")]) == 130
+    assert "interrupted; what is computed is kept" in capsys.readouterr().err
+    assert len(folder.Rows(digits / "real.digits.safetensors", features.Digits().identity)._where) == calls[0] == 32
+
+
+def one_thread():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Peak memory of a process that computes all rows: 96 photos at once would be 400 MB more."""
+    for name, num in (("few", 8), ("many", 96)):
+        (tmp_path / name).mkdir()
+        for i in range(num):
+            Image.new("RGB", (1200, 1200), (i, 255 - i, 99)).save(tmp_path / name / f"{i}.png", compress_level=1)
+    code = (
+        "import resource, sys; from guidance_interval.lab import features, folder; from tqdm import tqdm\n"
+        "f = folder.Folder(sys.argv[1]); e = features.Digits(); f.compute(features.Pixels(), [e], tqdm(disable=True))\n"
+        "assert len(f.rows(e)) == int(sys.argv[2])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    peak = {}
+    for name, num in (("few", 8), ("many", 96)):
+        command = [sys.executable, "-c", code, str(tmp_path / name), str(num)]
+        peak[name] = int(subprocess.run(command, capture_output=True, text=True, check=True, env=one_thread()).stdout)
+    assert peak["many"] < peak["few"] + 150, peak
+
+
+# ----------------------------------------------------------------------------
+# The command.
+
+
+def command(root, *more, images=("cfg",), reference="real"):
+    args = ["--images", *(str(root / i) for i in images), "--reference", str(root / reference)]
+    return cli.main(["measure", *args, "--features", "digits", "--out", str(root / "out"), *more])
+
+
+def test_the_command_prints_a_row_per_folder_and_leaves_a_report_and_a_picture(digits, capsys):
+    (digits / "cfg" / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(digits / "cfg" / "deep.png")
+    (digits / "cfg" / ".hidden.png").write_text("not to be looked at")
+    (digits / "cfg" / "notes.md").write_text("neither")
+    assert command(digits, images=("cfg", "interval")) == 0
+    out = capsys.readouterr().out
+    lines = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
+    assert lines == ["digits", "-" * 8, "cfg", "interval", *["digits", "-" * 8, "real", "cfg", "interval"],
+                     *["pixels", "-" * 8, "real", "cfg", "interval"]]  # fmt: skip
+    (contrast,) = (line.split("|")[4] for line in out.splitlines() if line.startswith("| cfg") and "%" in line)
+    assert -35 < float(contrast.split("(")[1].split("%")[0]) < -25  # Made 30 % darker.
+    assert "cfg: 1/broken.png cannot be read (cannot identify image file" in out
+    assert "cfg: deep.png cannot be read (mode I;16; convert it to 8 bits per channel); left out" in out
+    report = json.loads((digits / "out" / "report.json").read_text())
+    assert [r["images"] for r in report["images"]] == [60, 60] and len(report["images"][0]["unreadable"]) == 2
+    assert report["features"]["digits"].startswith("digits/1 ")
+    with Image.open(digits / "out" / "measure.png") as image:
+        assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".bmp", ".PNG"])
+def test_every_usual_format_is_read(tmp_path, suffix):
+    write_colours(tmp_path / "real" / "deeper", 4, 0, suffix=suffix)
+    f = folder.Folder(tmp_path / "real")
+    f.compute(features.Pixels(), [], measure.tqdm(disable=True))
+    assert f.names == [f"deeper/{i:04d}{suffix}" for i in range(4)]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_every_usual_mode_is_read_as_pillow_converts_it(tmp_path, mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    (tmp_path / "x").mkdir()
+    image.save(tmp_path / "x" / f"a.{'tif' if mode == 'CMYK' else 'png'}")
+    f, pixels = folder.Folder(tmp_path / "x"), features.Pixels()
+    f.compute(pixels, [], measure.tqdm(disable=True))
+    torch.testing.assert_close(f.rows(pixels)[0], pixels.preprocess(image.convert("RGB")))
+
+
+def test_a_folder_full_of_broken_files_is_told_in_a_few_lines(digits):
+    for i in range(30):
+        (digits / "cfg" / f"broken{i:02d}.png").write_text("no image")
+    report = run(digits, "cfg")
+    about = [note for note in report["notes"] if "cannot be read" in note]
+    assert len(about) == 11 and about[-1] == "cfg: 20 more files cannot be read; report.json names them"
+    assert len(report["images"][0]["unreadable"]) == 30
+
+
+def test_few_images_are_measured_as_far_as_they_go(digits, capsys):
+    (digits / "two").mkdir()
+    for path in list((digits / "real" / "1").iterdir())[:2]:
+        shutil.copy(path, digits / "two")
+    report = run(digits, "two")
+    assert {"fd", "vendi", "distance"} <= report["images"][0]["metrics"]["digits"].keys()
+    text = "\n".join(report["notes"])
+    assert "two, digits: precision, recall, density, coverage: these need 7 images or more on both sides" in text
+    assert "two, digits: FD: 2 images in 64 features have a singular covariance" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (dict(images=("nowhere",)), "nowhere' is not there; give a folder of images"),
+        (dict(images=("a.txt",)), "a.txt' is a file; give a folder of images"),
+        (dict(images=("real",)), "real' is given twice; name a folder once"),
+        (dict(images=("cfg", "cfg")), "cfg' is given twice"),
+        (dict(images=("real/1",)), "real/1' lies in "),
+        (dict(images=("empty",)), "empty' holds 0 readable images and 0 others; give a folder with 2 or more of .png"),
+        (dict(images=("one",)), "one' holds 1 readable images and 1 others, the first being b.png (cannot identify"),
+        (("--features", "incept"), "unknown features 'incept'; there are digits, inception, dinov2, clip"),
+        (("--features", "digits", "digits"), "features digits digits hold one twice; name each once"),
+        (("--features", "clip=/nowhere"), "features clip=/nowhere: no config.json there; give a folder of openai/clip"),
+        (("--features", "inception=/nowhere"), "features inception=/nowhere: no such file; give torch-fidelity's"),
+        (("--features", "digits=/nowhere"), "features digits=/nowhere: no such file"),
+        (("--prompts", "a.txt"), "a.txt' is no JSON (Expecting value"),
+        (("--prompts", "list.json"), "list.json' is no object of strings; write {'a/0001.png': 'a prompt', ...}"),
+        (("--prompts", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
+        (("--cache", "a.txt/x"), "cannot be kept in 'a.txt/x' (Not a directory); choose another folder with --cache"),
+        (("--out", "a.txt/x"), "output folder 'a.txt/x' cannot be written to"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(digits, capsys, monkeypatch, args, says):
+    monkeypatch.chdir(digits)
+    (digits / "a.txt").write_text("text")
+    (digits / "list.json").write_text("[]")
+    (digits / "empty").mkdir()
+    (digits / "one").mkdir()
+    Image.new("L", (28, 28)).save(digits / "one" / "a.png")
+    (digits / "one" / "b.png").write_text("broken")
+    assert (command(digits, *args) if isinstance(args, tuple) else command(digits, **args)) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1 and error[0].startswith("guidance-interval: error: ") and says in error[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("clip", r"openai/clip-vit-large-patch14-336 is not in .* or name a copy: --features clip=FOLDER"),
+        ("dinov2", r"run `hf download facebook/dinov2-large` with a network"),
+        ("inception", r"weights-inception-2015-12-05-6726825d.pth is missing and cannot .* --features inception=PATH"),
+    ],
+)
+def test_weights_that_are_nowhere_are_told_with_what_to_do(tmp_path, monkeypatch, name, says):
+    from huggingface_hub import constants
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
+    with pytest.raises(OSError, match=says) as error:
+        features.get_extractor(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_in_the_hubs_cache_is_loaded_as_it_is_there(tmp_path, monkeypatch, clip):
+    commit, cache = hashlib.sha1(b"a commit").hexdigest(), tmp_path / "models--openai--clip-vit-large-patch14-336"
+    shutil.copytree(clip, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    code = (
+        "import torch; from guidance_interval.lab import features; e = features.get_extractor('clip')\n"
+        "print(e.identity, len(e.rows([torch.zeros(3, 28, 28)])[0]), len(e.text_rows(['a dog'])))"
+    )
+    env = {**one_thread(), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["clip/1", commit, "16", "1"], done.stderr
+
+
+def test_weights_of_another_kind_are_refused(tmp_path, clip, dinov2):
+    with pytest.raises(ValueError, match=r"config\.json is of a 'dinov2' model, not 'clip'"):
+        features.get_extractor(f"clip={dinov2}")
+    with pytest.raises(ValueError, match="is not torch-fidelity's weights-inception"):
+        _ = features.get_extractor(f"inception={clip / 'vocab.json'}").network
+    from safetensors.torch import load_file, save_file
+
+    lacking = shutil.copytree(dinov2, tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, lacking / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weights \['layernorm.weight'\]"):
+        _ = features.get_extractor(f"dinov2={lacking}").network
+
+
+def test_without_the_extra_the_error_names_it(digits, monkeypatch, capsys):
+    monkeypatch.setattr(features.Digits, "needs", "no_such_package")
+    assert command(digits) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "guidance_interval.lab.measure")
+    monkeypatch.delattr("guidance_interval.lab.measure")
+    assert command(digits) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "features digits need no_such_package; install it with: pip install 'guidance-interval[measure]'" in first
+    assert "matplotlib" in second and "pip install 'guidance-interval[measure]'" in second
+
+
+def test_folders_of_one_name_share_a_cache_folder(digits, tmp_path):
+    write_digits(digits / "other" / "cfg", 400, 30)
+    report = run(digits, "cfg", "other/cfg", cache=digits / "cache")
+    assert [r["images"] for r in report["images"]] == [60, 30]
+    assert [folder["folder"] for folder in report["images"]] == [str(digits / "cfg"), str(digits / "other" / "cfg")]
+    assert len(list((digits / "cache").glob("cfg-*.digits.safetensors"))) == 2
+    assert not list(digits.glob("*.safetensors"))
+
+
+def test_an_extreme_estimate_is_shown_in_full():
+    assert measure.show(measure.Estimate(0.9531, 0.94, 0.966)) == "0.953 ±0.013"
+    assert measure.show(measure.Estimate(123.4, 100.0, 147.0)) == "123 ±24"
+    assert measure.show(measure.Estimate(1.0, 1.0, 1.0)) == "1"
