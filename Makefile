@@ -1,14 +1,18 @@
-# make demo | test | lint | bench | train: each does its own set-up, in .venv.
+# make demo | results | test | lint | bench | train: each does its own set-up, in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 # Threads that wait by spinning slow each other down when anything else runs on the same cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint bench train
+.PHONY: demo results test lint bench train
 
 demo: $(VENV)/for-lab
 	$(RUN) -m guidance_interval demo --out out/demo
+
+# ARGS=--quick: the same figures in minutes, to see that it works; ARGS="--device cuda cuda cuda": three workers.
+results: $(VENV)/for-lab
+	$(RUN) -m guidance_interval.lab.results $(ARGS)
 
 test: $(VENV)/for-tests
 	$(RUN) -m pytest

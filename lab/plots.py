@@ -1,4 +1,4 @@
-"""The demo's pictures, with matplotlib. Each function writes one PNG."""
+"""Pictures of the demo, the sweep and the results, with matplotlib. Each function writes one PNG."""
 
 import matplotlib
 import numpy as np
@@ -174,4 +174,92 @@ def frontier(path, results, best):
     ax.set_title("Lower right is better", fontsize=10.5, color=INK)
     ax.legend(frameon=False, loc="upper left")
     fig.tight_layout()
+    _write(fig, path)
+
+
+COLOURS = [INK, GUIDED, "#1b9e77", "#7570b3", "#e7298a"]
+
+
+def panels(path, shown, columns):
+    """Small multiples of the distance against accuracy or weight, one line for each curve.
+
+    shown: [(title, `{label: [(weight, accuracy, 1000 FD, rows)]}`, "accuracy" or "weight")].
+    """
+    rows = -(-len(shown) // columns)
+    size = (13 if columns > 1 else 7, 3.2 * rows + 0.4) if columns > 2 else (12, 4.4)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax, (title, curves, x) in zip(axes.flat, shown, strict=False):
+        for (label, curve), colour in zip(curves.items(), COLOURS, strict=False):
+            weight, accuracy, fd, _ = zip(*curve, strict=True)
+            ax.plot(weight if x == "weight" else accuracy, fd, "o-", ms=3.5, lw=1.2, color=colour, label=label)
+        _adherence_axes(ax)
+        if x == "weight":
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.set_xlabel("guidance weight")
+        ax.set_ylabel("")
+        ax.set_title(title, fontsize=10, color=INK)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("← 1000 FD")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _write(fig, path)
+
+
+def cost(path, found, target):
+    """Distance at one accuracy against rows; an arrow leads from CFG everywhere to the interval.
+
+    found: [(sampler, steps, (rows, 1000 FD) of CFG, the same of the interval)]; an infinite distance is left out.
+    """
+    fig, ax = plt.subplots(figsize=(8.6, 5.2))
+    samplers = list(dict.fromkeys(sampler for sampler, *_ in found))
+    for sampler, _, cfg, limited in found:
+        colour = COLOURS[samplers.index(sampler)]
+        if np.isfinite(cfg[1]):
+            ax.scatter(*cfg, s=34, facecolors="white", edgecolors=colour, zorder=2)
+        if np.isfinite(limited[1]):
+            ax.scatter(*limited, s=34, color=colour, zorder=3)
+        if np.isfinite([cfg[1], limited[1]]).all():
+            ax.annotate("", limited, cfg, arrowprops=dict(arrowstyle="->", color=colour, lw=1, shrinkA=4, shrinkB=4))
+    for sampler, colour in zip(samplers, COLOURS, strict=False):
+        ax.plot([], [], "o-", color=colour, label=sampler)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    ax.tick_params(which="minor", labelsize=7)
+    ax.set_xlabel("← cost: network rows per image")
+    ax.set_ylabel("← 1000 FD")
+    ax.set_title(f"At an accuracy of {target:.1%}: CFG everywhere (hollow) → interval (filled)", fontsize=10.5)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    _write(fig, path)
+
+
+def classes(path, bars):
+    """Variety of each class, relative to the real images, as one group of bars per class. bars: `{label: [C]}`."""
+    fig, ax = plt.subplots(figsize=(11, 3.6), layout="constrained")
+    colours = ["#cccccc", *COLOURS]
+    width = 0.8 / len(bars)
+    for i, (label, values) in enumerate(bars.items()):
+        at = np.arange(len(values)) + (i - (len(bars) - 1) / 2) * width
+        ax.bar(at, values, width, color=colours[i % len(colours)], label=label)
+    ax.set_xticks(range(len(values)))
+    ax.set_ylim(0.98 * min(map(min, bars.values())) - 0.05, None)
+    ax.axhline(1, color=INK, lw=0.8, ls=":")
+    ax.set_xlabel("class")
+    ax.set_ylabel("variety, real = 1")
+    ax.legend(frameon=False, fontsize=8, ncols=len(bars), loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.spines[["top", "right"]].set_visible(False)
+    _write(fig, path)
+
+
+def strips(path, real, sampled):
+    """Clips as rows of frames, real ones left and sampled ones right. real, sampled: uint8 [N, F, H, W]."""
+    fig, axes = plt.subplots(1, 2, figsize=(8, 0.62 * len(real)), layout="constrained")
+    for ax, clips, title in zip(axes, (real, sampled), ("real", "sampled"), strict=True):
+        ax.imshow(255 - clips.transpose(0, 2, 1, 3).reshape(-1, clips.shape[1] * clips.shape[3]), cmap="gray")
+        ax.set_title(title, fontsize=10, color=INK)
+        ax.set_axis_off()
     _write(fig, path)
