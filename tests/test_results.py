@@ -1,0 +1,77 @@
+"""The results page: the quick run draws and writes everything, and what it concludes follows from the cells."""
+
+import math
+import re
+
+import pytest
+import torch
+from guidance_interval.lab import results, sampling, sweep
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    results.main(["--quick", "--out", str(out), "--device", "cpu"])
+    return out
+
+
+def test_the_page_shows_every_figure_with_its_command(quick):
+    text = (quick / "results.md").read_text()
+    pictures = re.findall(r"\]\((results/\w+\.png)\)", text)
+    assert len(pictures) == 9 and {p.name for p in (quick / "results").iterdir()} == {p[8:] for p in pictures}
+    for name in pictures:
+        with Image.open(quick / name) as image:
+            assert image.width > 600 and len(image.convert("L").getcolors()) > 20
+    for figure in results.FIGURES:
+        assert f'$ make results ARGS="--quick --only {figure}"' in text
+    assert not re.search(r"\bnan\b", text)
+
+
+def test_a_second_run_measures_nothing_and_writes_the_same_page(quick, monkeypatch):
+    before = (quick / "results.md").read_text()
+    monkeypatch.setattr(sweep, "measure", lambda *_, **__: pytest.fail("measured again"))
+    results.main(["--quick", "--out", str(quick), "--device", "cpu"])
+    assert (quick / "results.md").read_text() == before
+
+
+def test_one_figure_alone_prints_what_the_page_says_of_it(quick, capsys):
+    results.main(["--quick", "--out", str(quick), "--device", "cpu", "--only", "cost"])
+    assert capsys.readouterr().out.strip() in (quick / "results.md").read_text()
+
+
+def test_the_numbers_of_the_page_are_those_of_the_cells(quick):
+    with pytest.raises(ValueError, match="holds a sweep with"):
+        sweep.Store(quick / "digits-dpmpp_2m-16.sqlite", {"samples": 7})
+    held = sweep.Store(quick / "digits-dpmpp_2m-16.sqlite", {}).results()
+    cell = held[sweep.Cell(4.0, 0.1, 2.5)].scores
+    text = (quick / "results.md").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("| interval (0.1, 2.5] | "))
+    assert line.endswith(f"{1000 * cell.fd:.2f}, {cell.accuracy:.1%} |")
+
+
+def test_the_thirds_are_all_steps_and_each_once():
+    sigmas = sampling.karras_sigmas(results.STEPS)[:-1]
+    masks = torch.stack([interval.mask(sigmas) for interval in results.thirds().values()])
+    assert masks.sum(0).tolist() == [1] * results.STEPS
+    assert masks.sum(1).tolist() == [5, 6, 5]
+
+
+def curve(*points):
+    return [(float(w), a, fd, 32.0) for w, (a, fd) in enumerate(points, 1)]
+
+
+def test_a_curve_reaches_an_accuracy_at_its_lowest_distance_from_there_on():
+    line = curve((0.9, 1.0), (0.95, 4.0), (0.99, 2.0))
+    assert results.reached(line, 0.9) == pytest.approx(1)
+    assert results.reached(line, 0.925) == pytest.approx(2)  # Exponential between 1 and 4, half way.
+    assert results.reached(line, 0.95) == pytest.approx(2)  # The next weight has more, for less.
+    assert results.reached(line, 0.995) == math.inf
+
+
+def test_a_comparison_tells_where_the_interval_loses():
+    cfg = curve((0.9, 1.0), (0.95, 2.0), (0.99, 8.0))
+    better, crossing = curve((0.9, 1.0), (0.95, 1.5), (0.98, 2.0)), curve((0.9, 1.0), (0.95, 3.0), (0.99, 4.0))
+    won, lost = results.compare(cfg, better), results.compare(cfg, crossing)
+    assert won.dominates and won.worst < 1 and won.best == (0.99, 0.98)
+    assert not lost.dominates and lost.at == 0.95 and lost.worst == pytest.approx(1.5)
