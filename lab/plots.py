@@ -186,7 +186,7 @@ def panels(path, shown, columns):
     shown: [(title, `{label: [(weight, accuracy, 1000 FD, rows)]}`, "accuracy" or "weight")].
     """
     rows = -(-len(shown) // columns)
-    size = (13 if columns > 1 else 7, 3.2 * rows + 0.4) if columns > 2 else (12, 4.4)
+    size = (12, 4.4 if columns < 3 else 3.2 * rows + 0.4)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax, (title, curves, x) in zip(axes.flat, shown, strict=False):
         for (label, curve), colour in zip(curves.items(), COLOURS, strict=False):

@@ -44,7 +44,7 @@ class Scale:
     heat_weights: tuple = (2.0, 6.0)
     sigma_los: tuple = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
     sigma_his: tuple = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0, math.inf)
-    other_his: tuple = (1.0, 4.0)
+    other_his: tuple = (1.0, 4.0, 6.5)
 
 
 FULL = Scale(samples=2500)
@@ -263,7 +263,7 @@ def draw_frontier(scale, results, out):
             if not c.dominates:
                 failing.append(f"{sampler} with {steps} steps ({percent(c.worst)} at {c.at:.1%})")
             shown.append((f"{sampler}, {steps} steps", curves, "accuracy"))
-    plots.panels(out / "frontier.png", shown, len(scale.steps))
+    plots.panels(out / "frontier.png", shown, 3)
     verdict = f"The interval's curve lies nowhere above CFG's in {len(body) - len(failing)} of {len(body)} cases."
     if failing:
         verdict += f" It does not dominate for {'; '.join(failing)}."
