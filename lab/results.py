@@ -194,8 +194,8 @@ def comparison_row(name, c, rows):
 
 COMPARISON = ["", "distance, median", "worst", "accuracies compared", "highest of CFG, interval", "rows", "dominates"]
 EXPLAINED = (
-    "*Distance* is the interval's over CFG's at the same accuracy, the median and the worst over the accuracies that "
-    "were measured; *dominates* is a worst of 0 % or less."
+    "*Distance* is the lowest that the interval reaches with at least a given accuracy over the lowest of CFG, the "
+    "median and the worst over the accuracies that were measured; *dominates* is a worst of 0 % or less."
 )
 
 
@@ -264,7 +264,7 @@ def draw_frontier(scale, results, out):
                 failing.append(f"{sampler} with {steps} steps ({percent(c.worst)} at {c.at:.1%})")
             shown.append((f"{sampler}, {steps} steps", curves, "accuracy"))
     plots.panels(out / "frontier.png", shown, 3)
-    verdict = f"The interval's curve lies nowhere above CFG's in {len(body) - len(failing)} of {len(body)} cases."
+    verdict = f"The interval dominates CFG in {len(body) - len(failing)} of {len(body)} cases."
     if failing:
         verdict += f" It does not dominate for {'; '.join(failing)}."
     return (
