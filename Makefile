@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/for-lab
 	$(RUN) -m guidance_interval demo --out out/demo
 
-# ARGS=--quick: the same figures in minutes, to see that it works; ARGS="--device cuda cuda cuda": three workers.
+# ARGS=--quick: the same figures in minutes, to see that it works; on a GPU, several processes share the cells.
 results: $(VENV)/for-lab
 	$(RUN) -m guidance_interval.lab.results $(ARGS)
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -493,7 +494,9 @@ def main(argv=None):
     scale = QUICK if args.quick else FULL
     out = output_folder(args.out or Path("out") / ("results-quick" if args.quick else "results"))
     target = args.page or (out / "results.md" if args.quick else Path("docs/results.md"))
-    devices = args.device or ["cuda" if torch.cuda.is_available() else "cpu"]
+    # One process leaves a GPU waiting for its next launch: as many as there are cores to launch from.
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2))
+    devices = args.device or (["cuda"] * workers if torch.cuda.is_available() else ["cpu"])
     pictures = output_folder(target.with_suffix(""))
     begin = time.time()
 

@@ -19,6 +19,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from ..sampler_patch import GuidanceInterval, evaluation_sigmas
@@ -195,6 +196,7 @@ def measure(lab, job, cell, progress=None):
 
 def _worker(todo, done, device):
     """Take cells until there are none; runs in a process of its own, one for each device."""
+    torch.set_num_threads(1)  # The processes share the cores.
     load = functools.cache(load_lab)
     for job, cell in iter(todo.get, None):
         done.put((job, cell, measure(load(job.source, device), job, cell)))
