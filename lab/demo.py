@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..sampler_patch import GuidanceInterval
 from . import data, model, plots
-from .files import atomic_path, output_folder
+from .files import aligned, atomic_path, output_folder
 from .metrics import score
 from .sampling import Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
 
@@ -151,14 +151,7 @@ def table(runs):
         )
         for setting, drawn, s in runs
     ]
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-
-    def line(cells):
-        first, *rest = cells
-        return "| " + " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + " |"
-
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
-    return "\n".join([line(head), rule, *map(line, body)])
+    return aligned(head, body)
 
 
 def describe(setting, drawn, scores):

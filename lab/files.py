@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""What the lab writes: files that appear whole or not at all, and tables that read well in a terminal too."""
 
 import contextlib
 import os
@@ -31,3 +31,15 @@ def output_folder(path):
     except OSError as e:
         raise OSError(f"output folder {str(path)!r} cannot be written to ({e.strerror}); choose another one") from e
     return path
+
+
+def aligned(head, body):
+    """A Markdown table padded to its widest cells, the first column left and the others right. Cells are strings."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+
+    def line(cells):
+        first, *rest = cells
+        return "| " + " | ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) + " |"
+
+    rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
+    return "\n".join([line(head), rule, *map(line, body)])

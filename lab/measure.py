@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 from .. import __version__
 from . import metrics
 from .features import Pixels, get_extractor
-from .files import atomic_path, output_folder
+from .files import aligned, atomic_path, output_folder
 from .folder import SUFFIXES, Folder, Rows
 
 K = 5  # Neighbours, as Naeem et al. 2020 have it.
@@ -304,7 +304,7 @@ def tables(folders, found, extractors):
                 if any(c in results[kind] for c in columns)
             ]
             if body:
-                lines += ["", *_table([kind, "images", *(TITLES[c] for c in columns)], body)]
+                lines += ["", aligned([kind, "images", *(TITLES[c] for c in columns)], body)]
     return "\n".join(lines[1:])
 
 
@@ -315,16 +315,6 @@ def _cell(scores, reference, metric):
     if metric in TABLES[2] and scores is not reference and reference[metric].value > 0:  # What counts is the drift.
         text += f" ({scores[metric].value / reference[metric].value - 1:+.0%})"
     return text
-
-
-def _table(head, body):
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-
-    def line(cells):
-        return "| " + " | ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) + " |"
-
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
-    return [line(head), rule, *map(line, body)]
 
 
 def _describe(folder, results):

@@ -106,15 +106,14 @@ def wanted(scale):
     main = main_job(scale)
     flat = lambda named: list(itertools.chain(*named.values()))  # noqa: E731
     curves = flat(two_curves(scale))
+    frontier = {main_job(scale, None, sampler, steps): curves for sampler in scale.samplers for steps in scale.steps}
     others = [c for hi in scale.other_his for c in within(scale.interval_weights, GuidanceInterval(0.1, hi))]
     return {
         "parts": {main: flat(parts(scale.part_weights))},
         "heatmap": {main: sweep.grid(scale.sigma_los, scale.sigma_his, scale.heat_weights)},
-        "frontier": {
-            main_job(scale, None, sampler, steps): curves for sampler in scale.samplers for steps in scale.steps
-        },
+        "frontier": frontier,
         "variety": {main: curves},
-        "cost": {main_job(scale, None, sampler, steps): curves for sampler in scale.samplers for steps in scale.steps},
+        "cost": frontier,
         "seeds": {main_job(scale, source): curves for source in SEEDS.values()},
         "data": {
             main_job(scale, source): [*curves, *others, *flat(parts(scale.part_weights))] for source in MODELS.values()
