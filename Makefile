@@ -12,7 +12,7 @@ demo: $(VENV)/for-lab
 
 # ARGS=--quick: the same figures in minutes, to see that it works; on a GPU, several processes share the cells.
 results: $(VENV)/for-lab
-	$(RUN) -m guidance_interval.lab.results $(ARGS)
+	$(RUN) -m guidance_interval results $(ARGS)
 
 test: $(VENV)/for-tests
 	$(RUN) -m pytest

@@ -1,4 +1,4 @@
-"""The command `guidance-interval`: `demo`, `sweep`, `measure` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure` and `info`."""
 
 import argparse
 import math
@@ -62,6 +62,17 @@ def parser():
     sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
     sweep.add_argument("--model", help="your own: a file of lab/train.py, or module:function(device) -> lab.model.Lab")
     sweep.set_defaults(run=run_sweep)
+
+    results = commands.add_parser(
+        "results", help="every figure and number of docs/results.md; goes on where it was stopped"
+    )
+    results.add_argument("--quick", action="store_true", help="few samples, to see that it works")
+    results.add_argument("--only", nargs="+", metavar="FIGURE", help="draw and print these, and leave the page alone")
+    results.add_argument("--out", help="folder of the cells (default: out/results, or out/results-quick)")
+    results.add_argument("--page", help="the page to write, its pictures beside it in results/ (default: "
+                         "docs/results.md, or results.md in --out for --quick)")  # fmt: skip
+    results.add_argument("--device", type=device, nargs="+", help="several, or one several times, share the cells")
+    results.set_defaults(run=run_results)
 
     measure = commands.add_parser(
         "measure",
@@ -168,17 +179,23 @@ def run_sweep(args):
     )
 
 
+def run_results(args):
+    from .lab import results
+
+    results.run(quick=args.quick, only=args.only, out=args.out, page_path=args.page, devices=args.device)
+
+
 def run_measure(args):
-    from .lab import measure
+    from .lab import judge
+    from .measure import features, report
 
     try:
-        measure.run(
+        report.run(
             images=args.images,
             reference=args.reference,
-            features=args.features,
+            extractors=[features.get_extractor(spec, args.device, [judge.Digits]) for spec in args.features],
             prompts=args.prompts,
             out=args.out,
-            device=args.device,
             cache=args.cache,
         )
     except KeyboardInterrupt:

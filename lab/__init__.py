@@ -1,1 +1,1 @@
-"""Evidence: the model that ships, its training, the metrics and the demo. Needs the extra ``[lab]``."""
+"""The models that ship: their data, training, sampling, demo, sweep and results. Needs the extra ``[lab]``."""

@@ -8,11 +8,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..files import aligned, atomic_path, output_folder
 from ..sampler_patch import GuidanceInterval
 from . import data, model, plots
-from .files import aligned, atomic_path, output_folder
-from .metrics import score
 from .sampling import Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
+from .scores import score_samples
 
 MAX_CFG_RUNS = 8  # To bracket the interval's accuracy.
 
@@ -36,7 +36,7 @@ def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
         def measure(setting):
             bar.set_description(setting.name)
             drawn = sample(lab, setting, samples, sampler, steps, seed, bar.update)
-            return setting, drawn, score(lab, drawn.x, drawn.labels)
+            return setting, drawn, score_samples(lab, drawn.x, drawn.labels)
 
         def extend():
             bar.total += samples
@@ -55,7 +55,7 @@ def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
         bar.set_description("done")
 
     real = real_digits(lab, samples, seed)
-    real = Setting("real digits", 1.0), real, score(lab, real.x, real.labels)
+    real = Setting("real digits", 1.0), real, score_samples(lab, real.x, real.labels)
     runs = [none, *cfg, limited, *(r for _, r in ablations)]
     found = findings(cfg, limited, ablations)
     print(table([real, *runs]), *found, sep="\n")

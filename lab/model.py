@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..files import atomic_path
 from .data import NUM_CLASSES, SIGMA_DATA
-from .files import atomic_path
 
 SHIPPED = Path(__file__).parent / "digits.safetensors"
 FORMAT = "guidance-interval-lab/1"

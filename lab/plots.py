@@ -8,8 +8,8 @@ matplotlib.use("Agg")  # No window, no display needed.
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm, Normalize
 
+from ..files import atomic_path
 from .data import to_pixels
-from .files import atomic_path
 
 GUIDED = "#d95f02"
 INK = "#222222"

@@ -5,7 +5,6 @@ step count: a run that was cut off goes on where it was. `--quick` does the same
 too few samples to conclude from.
 """
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -17,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import cli
+from ..files import aligned, atomic_path, output_folder
+from ..measure import metrics
 from ..noise_level import steps_to_interval
 from ..sampler_patch import GuidanceInterval
-from . import data, demo, metrics, model, plots, sweep
-from .files import atomic_path, output_folder
+from . import data, demo, model, plots, sweep
 from .sampling import Setting, karras_sigmas, sample
+from .scores import class_spread, score_samples
 from .sweep import Cell, Job
 
 # Chosen on the digits, with the sampler and the steps of MAIN, and used for everything else as it is.
@@ -175,12 +175,6 @@ def compare(cfg, limited):
 # Markdown.
 
 
-def markdown(head, rows):
-    """A Markdown table, the first column left and the others right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def percent(ratio):
     return f"{100 * (ratio - 1):+.0f} %"
 
@@ -226,7 +220,7 @@ def draw_parts(scale, results, out):
         "## Which third of the noise levels helps, and which harms\n\n"
         "![Distance by weight and by accuracy, for guidance in each third alone](results/parts.png)\n\n"
         f"1000 FD and accuracy; without guidance {none[2]:.2f}, {none[1]:.1%}.\n\n"
-        f"{markdown(head, body)}\n\n" + "\n".join(lines)
+        f"{aligned(head, body)}\n\n" + "\n".join(lines)
     )
 
 
@@ -270,7 +264,7 @@ def draw_frontier(scale, results, out):
     return (
         f"## Five samplers, {len(scale.steps)} step counts\n\n"
         "![Distance against accuracy for each sampler and step count](results/frontier.png)\n\n"
-        f"{verdict} {EXPLAINED}\n\n{markdown(COMPARISON, body)}"
+        f"{verdict} {EXPLAINED}\n\n{aligned(COMPARISON, body)}"
     )
 
 
@@ -291,7 +285,7 @@ def draw_cost(scale, results, out, target=0.995):
     return (
         f"## Cost against quality, at an accuracy of {target:.1%}\n\n"
         "![Rows per image against distance; an arrow leads from CFG to the interval](results/cost.png)\n\n"
-        + markdown(["", "rows, CFG", "rows, interval", "1000 FD, CFG", "1000 FD, interval"], body)
+        + aligned(["", "rows, CFG", "rows, interval", "1000 FD, CFG", "1000 FD, interval"], body)
     )
 
 
@@ -306,7 +300,7 @@ def draw_seeds(scale, results, out):
     return (
         "## Three trainings of the same recipe\n\n"
         "![Distance against accuracy for three training seeds](results/seeds.png)\n\n"
-        f"The same classifier judges all three. {EXPLAINED}\n\n{markdown(COMPARISON, body)}"
+        f"The same classifier judges all three. {EXPLAINED}\n\n{aligned(COMPARISON, body)}"
     )
 
 
@@ -339,7 +333,7 @@ def draw_data(scale, results, out):
         "## Other data: another set of digits, and moving ones\n\n"
         "![Distance against accuracy on the 8x8 digits and on clips](results/data.png)\n\n"
         f"The interval of the digits, untouched, and others beside it. {EXPLAINED}\n\n"
-        f"{markdown(COMPARISON, body)}\n\n" + "\n".join(worst) + "\n\n"
+        f"{aligned(COMPARISON, body)}\n\n" + "\n".join(worst) + "\n\n"
         "![Six frames of real clips, and of clips sampled in the interval](results/clips.png)"
     )
 
@@ -364,7 +358,7 @@ def draw_variety(scale, results, out, device="cpu"):
     real = demo.real_digits(lab, scale.samples, 0)
     runs = [(Setting("real digits", 1.0), real)]
     runs += [(s, sample(lab, s, scale.samples, SAMPLER, STEPS)) for s in settings]
-    runs = [(setting, drawn, metrics.score(lab, drawn.x, drawn.labels)) for setting, drawn in runs]
+    runs = [(setting, drawn, score_samples(lab, drawn.x, drawn.labels)) for setting, drawn in runs]
     by_class = []  # So that one sees one class beside another.
     for setting, drawn, scores in runs:
         order = torch.cat([(drawn.labels == c).nonzero()[:4, 0] for c in (1, 2, 4, 7, 8)])
@@ -379,7 +373,7 @@ def draw_variety(scale, results, out, device="cpu"):
         value, influence = metrics.prdc(reference, f, influence=True)
         score, moved = metrics.vendi(f, influence=True)
         labels = drawn.labels.cpu()
-        bars[setting.name] = (metrics.class_spread(f, labels, data.NUM_CLASSES) / spread).tolist()
+        bars[setting.name] = (class_spread(f, labels, data.NUM_CLASSES) / spread).tolist()
         ink = strength(lab, drawn)
 
         def shown(x, influence, labels=labels, form="{:.3f}"):
@@ -399,7 +393,7 @@ def draw_variety(scale, results, out, device="cpu"):
         "## Variety, and what guidance does to the strokes\n\n"
         "![Samples of five classes under each setting, from the same seeds](results/variety.png)\n\n"
         "![Variety of each class under each setting, relative to the real digits](results/classes.png)\n\n"
-        f"{markdown(head, body)}\n\n"
+        f"{aligned(head, body)}\n\n"
         "Precision, recall (Kynkäänniemi et al. 2019) and coverage (Naeem et al. 2020) with 5 neighbours, against all "
         "5,000 digits; Vendi score (Friedman and Dieng 2023): the effective number of different samples; variety: mean "
         "distance within a class; contrast: standard deviation of an image's pixels; the last two relative to the "
@@ -481,27 +475,26 @@ def page(scale, sections, results, command, device):
     )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the same in minutes on a CPU, with too few samples")
-    parser.add_argument("--only", choices=FIGURES, nargs="+", help="these figures alone; the page is not written then")
-    parser.add_argument("--out", type=Path, help="folder of the cells (default: out/results, or out/results-quick)")
-    parser.add_argument("--page", type=Path, help="the page to write, with its pictures beside it in results/ "
-                        "(default: docs/results.md, or results.md in --out for --quick)")  # fmt: skip
-    parser.add_argument("--device", type=cli.device, nargs="+", help="several, or one several times, share the cells")
-    args = parser.parse_args(argv)
-    scale = QUICK if args.quick else FULL
-    out = output_folder(args.out or Path("out") / ("results-quick" if args.quick else "results"))
-    target = args.page or (out / "results.md" if args.quick else Path("docs/results.md"))
+def run(quick=False, only=None, out=None, page_path=None, devices=None):
+    """Measure what is not done yet, draw the figures and write the page; with `only`, print the text of those figures.
+
+    Raises ValueError for an unknown figure, ValueError or OSError as `sweep.run` does, before anything is sampled.
+    """
+    for figure in only or ():
+        if figure not in FIGURES:
+            raise ValueError(f"unknown figure {figure!r}; there are {', '.join(FIGURES)}")
+    scale = QUICK if quick else FULL
+    out = output_folder(out or Path("out") / ("results-quick" if quick else "results"))
+    target = Path(page_path or (out / "results.md" if quick else "docs/results.md"))
     # One process leaves a GPU waiting for its next launch: as many as there are cores to launch from.
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))
-    devices = args.device or (["cuda"] * workers if torch.cuda.is_available() else ["cpu"])
+    devices = devices or (["cuda"] * workers if torch.cuda.is_available() else ["cpu"])
     pictures = output_folder(target.with_suffix(""))
     begin = time.time()
 
-    figures = args.only or list(FIGURES)
+    figures = only or list(FIGURES)
     cells = {}
-    for figure in figures if args.only else FIGURES:
+    for figure in figures if only else FIGURES:
         for job, some in wanted(scale)[figure].items():
             cells[job] = sorted({*cells.get(job, []), *some})
     stores = {}
@@ -516,15 +509,11 @@ def main(argv=None):
         print(f"drawing {figure}", file=sys.stderr)
         more = dict(device=devices[0]) if figure == "variety" else {}
         sections[figure] = FIGURES[figure](scale, results, pictures, **more)
-    if args.only:
+    if only:
         print("\n\n".join(sections.values()))
     else:
-        command = "make results" + (' ARGS="--quick"' if args.quick else "")
+        command = "make results" + (' ARGS="--quick"' if quick else "")
         device = torch.cuda.get_device_name() if devices[0].startswith("cuda") else "a CPU"
         with atomic_path(target) as tmp:
             tmp.write_text(page(scale, sections, results, command, device))
         print(f"wrote {target} and its pictures in {pictures}; {command} took {time.time() - begin:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

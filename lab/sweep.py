@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..files import aligned, atomic_path, output_folder
 from ..sampler_patch import GuidanceInterval, evaluation_sigmas
 from . import model, plots
-from .files import atomic_path, output_folder
-from .metrics import Scores, score
 from .sampling import Setting, check_weight, get_sampler, karras_sigmas, sample, schedule_args
+from .scores import Scores, score_samples
 
 # ----------------------------------------------------------------------------
 # Cells.
@@ -191,7 +191,7 @@ def measure(lab, job, cell, progress=None):
     """Sample and score one cell; return its Result."""
     setting = Setting("", cell.weight, cell.interval)
     drawn = sample(lab, setting, job.samples, job.sampler, job.steps, job.seed, progress)
-    return Result(score(lab, drawn.x, drawn.labels), drawn.rows, drawn.seconds)
+    return Result(score_samples(lab, drawn.x, drawn.labels), drawn.rows, drawn.seconds)
 
 
 def _worker(todo, done, device):
@@ -287,17 +287,16 @@ def frontier(results):
 
 def table(results):
     """The cells as a Markdown table, by weight and interval; `*` marks those of the frontier."""
-    lines = ["| weight | interval | 1000 FD [95 % interval] | accuracy | variety | rows | frontier |"]
-    lines.append("| ---: | ---: | ---: | ---: | ---: | ---: | :---: |")
-    best = set(frontier(results))
+    best, body = set(frontier(results)), []
     for cell in sorted(results):
         s = results[cell].scores
         where = "none" if cell.weight == 1 else "everywhere" if cell.everywhere else str(cell.interval)
         fd = f"{1000 * s.fd:.2f} [{1000 * s.fd_low:.2f}, {1000 * s.fd_high:.2f}]"
         star = "*" if cell in best else ""
         cost = f"{results[cell].rows:.1f}"
-        lines.append(f"| {cell.weight:g} | {where} | {fd} | {s.accuracy:.1%} | {s.variety:.3f} | {cost} | {star} |")
-    return "\n".join(lines)
+        body.append([where, f"{cell.weight:g}", fd, f"{s.accuracy:.1%}", f"{s.variety:.3f}", cost, star])
+    head = ["interval", "weight", "1000 FD [95 % interval]", "accuracy", "variety", "rows", "frontier"]
+    return aligned(head, body)
 
 
 def write(out, results):

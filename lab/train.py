@@ -88,7 +88,7 @@ def train_denoiser(config, x, labels, steps, batch, seed, lr, label_dropout, p_m
 
 def reference_statistics(classifier, x, labels):
     """Mean, covariance and within-class spread of the real images' features."""
-    from .metrics import class_spread
+    from .scores import class_spread
 
     features = torch.cat([classifier(part)[0] for part in x.split(500)]).double()
     return dict(

@@ -7,8 +7,8 @@ import sys
 import pytest
 from guidance_interval import cli
 from guidance_interval.lab import demo
-from guidance_interval.lab.metrics import Scores
 from guidance_interval.lab.sampling import Samples, Setting
+from guidance_interval.lab.scores import Scores
 from PIL import Image
 
 FAST = ["--samples", "60", "--steps", "8", "--sampler", "euler"]

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from guidance_interval import cli
-from guidance_interval.lab import data, features, folder, measure, metrics
+from guidance_interval.lab import data, judge
+from guidance_interval.measure import features, folder, metrics, report
 from PIL import Image
 
 # ----------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def inception(tmp_path_factory):
 def _quick(request, monkeypatch):
     """Drawing takes most of a small run's time: it is left to the tests that look at the picture."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr(measure, "picture", lambda *_: None)
+        monkeypatch.setattr(report, "picture", lambda *_: None)
 
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -109,15 +110,21 @@ def digits(tmp_path):
     return tmp_path
 
 
-def run(root, *images, reference="real", features=("digits",), **more):
-    return measure.run([str(root / i) for i in images], str(root / reference), features, out=root / "out", **more)
+def extractors(*names):
+    return [features.get_extractor(name, more=[judge.Digits]) for name in names]
 
 
-def numbers(report):
-    return [report["reference"]["metrics"], [r["metrics"] for r in report["images"]]]
+def run(root, *images, reference="real", use=("digits",), **more):
+    return report.run(
+        [str(root / i) for i in images], str(root / reference), extractors(*use), out=root / "out", **more
+    )
 
 
-def rows_computed(monkeypatch, extractor=features.Digits):
+def numbers(result):
+    return [result["reference"]["metrics"], [r["metrics"] for r in result["images"]]]
+
+
+def rows_computed(monkeypatch, extractor=judge.Digits):
     """A list of how many images each call of `rows` was given."""
     calls, rows = [], extractor.rows
     monkeypatch.setattr(extractor, "rows", lambda self, tensors: (calls.append(len(tensors)), rows(self, tensors))[1])
@@ -134,8 +141,8 @@ def test_fid_is_that_of_torch_fidelity_and_of_clean_fid(tmp_path, inception):
     from cleanfid.fid import frechet_distance
 
     paths = [write_colours(tmp_path / name, n, n, low) for name, n, low in (("real", 16, 0), ("cfg", 14, 60))]
-    report = run(tmp_path, "cfg", features=[f"inception={inception}"])
-    fid = report["images"][0]["metrics"]["inception"]["fd"]["value"]
+    result = run(tmp_path, "cfg", use=[f"inception={inception}"])
+    fid = result["images"][0]["metrics"]["inception"]["fd"]["value"]
     theirs = torch_fidelity.calculate_metrics(
         input1=str(paths[1]), input2=str(paths[0]), fid=True, cuda=False, cache=False, verbose=False,
         feature_extractor_weights_path=str(inception),
@@ -146,41 +153,41 @@ def test_fid_is_that_of_torch_fidelity_and_of_clean_fid(tmp_path, inception):
     sets = []
     for path in paths:
         f = folder.Folder(path)
-        f.compute(features.Pixels(), [extractor], measure.tqdm(disable=True))
+        f.compute(features.Pixels(), [extractor], report.tqdm(disable=True))
         sets.append(f.rows(extractor).double())
     basis = torch.linalg.qr(torch.cat(sets).mT).Q  # All that varies: 30 directions of the 2,048.
     statistics = [s for x in sets for s in ((x @ basis).mean(0).numpy(), np.cov((x @ basis).numpy(), rowvar=False))]
     assert fid == pytest.approx(frechet_distance(*statistics), rel=1e-3)
-    assert any("14 images in 2,048 features have a singular covariance" in note for note in report["notes"])
+    assert any("14 images in 2,048 features have a singular covariance" in note for note in result["notes"])
 
 
 def test_the_report_holds_what_the_metrics_say_of_the_rows(digits):
-    report = run(digits, "cfg", "interval")
-    extractor = features.Digits()
+    result = run(digits, "cfg", "interval")
+    extractor = judge.Digits()
     rows = {}
     for name in ("real", "cfg", "interval"):
         files = sorted((digits / name).rglob("*.png"))
         rows[name] = extractor.rows([extractor.preprocess(Image.open(f).convert("RGB")) for f in files])[:, :64]
-    for name, entry in zip(("cfg", "interval"), report["images"], strict=True):
+    for name, entry in zip(("cfg", "interval"), result["images"], strict=True):
         found = entry["metrics"]["digits"]
-        fd = metrics.frechet_to(rows[name], *metrics.gaussian(rows["real"]))
+        fd = metrics.frechet_distance(rows[name], *metrics.gaussian(rows["real"]))
         assert found["fd"]["value"] == pytest.approx(fd.item(), rel=1e-6)
         prdc = metrics.prdc(rows["real"], rows[name])._asdict()
         assert [found[k]["value"] for k in prdc] == pytest.approx([v.item() for v in prdc.values()])
         assert found["vendi"]["value"] == pytest.approx(metrics.vendi(rows[name]).item(), rel=1e-6)
         for estimate in found.values():
             assert estimate["low"] <= estimate["value"] <= estimate["high"]
-    cfg, interval = (entry["metrics"] for entry in report["images"])
+    cfg, interval = (entry["metrics"] for entry in result["images"])
     assert cfg["digits"]["fd"]["value"] > interval["digits"]["fd"]["value"]
     assert cfg["pixels"]["contrast"]["value"] == pytest.approx(0.7 * interval["pixels"]["contrast"]["value"], rel=0.1)
-    assert interval["digits"]["accuracy"]["value"] > 0.95 and "fd" not in report["reference"]["metrics"]["digits"]
+    assert interval["digits"]["accuracy"]["value"] > 0.95 and "fd" not in result["reference"]["metrics"]["digits"]
 
 
 def test_accuracy_is_told_only_of_class_folders(digits):
     shutil.copytree(digits / "cfg" / "3", digits / "flat")
-    report = run(digits, "flat")
-    assert "accuracy" not in report["images"][0]["metrics"]["digits"]
-    assert "accuracy" in report["reference"]["metrics"]["digits"]
+    result = run(digits, "flat")
+    assert "accuracy" not in result["images"][0]["metrics"]["digits"]
+    assert "accuracy" in result["reference"]["metrics"]["digits"]
 
 
 def test_clip_and_dinov2_are_what_transformers_computes(tmp_path, clip, dinov2):
@@ -214,8 +221,8 @@ def test_prompts_come_from_a_file_or_from_beside_the_images(tmp_path, clip, caps
         if i < 7:
             path.with_suffix(".txt").write_text("a red dog\n" if i % 2 else "blue")
     (tmp_path / "prompts.json").write_text(json.dumps({"0000.png": "a photo of the digit", "0008.png": "dog"}))
-    beside = run(tmp_path, "cfg", features=[f"clip={clip}"])
-    both = run(tmp_path, "cfg", features=[f"clip={clip}"], prompts=tmp_path / "prompts.json")
+    beside = run(tmp_path, "cfg", use=[f"clip={clip}"])
+    both = run(tmp_path, "cfg", use=[f"clip={clip}"], prompts=tmp_path / "prompts.json")
     assert any("cfg, clip: CLIP score: of the 7 of 9 images" in note for note in beside["notes"])
     assert any("cfg, clip: CLIP score: of the 8 of 9 images" in note for note in both["notes"])
     extractor = features.get_extractor(f"clip={clip}")
@@ -240,8 +247,8 @@ def test_prompts_come_from_a_file_or_from_beside_the_images(tmp_path, clip, caps
 def test_a_second_run_reads_and_computes_nothing(digits, monkeypatch):
     first = run(digits, "cfg", "interval")
     monkeypatch.setattr(folder.Folder, "_read", lambda *_: pytest.fail("read again"))
-    monkeypatch.setattr(features.Digits, "rows", lambda *_: pytest.fail("computed again"))
-    monkeypatch.setattr(measure, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(judge.Digits, "rows", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(report, "score", lambda *_: pytest.fail("scored again"))
     before = {p: p.stat().st_mtime_ns for p in digits.glob("*.safetensors")}
     assert len(before) == 6
     assert numbers(run(digits, "cfg", "interval")) == numbers(first)
@@ -305,14 +312,14 @@ def test_other_weights_are_another_cache(tmp_path, clip, capsys):
 
     write_colours(tmp_path / "real", 8, 0)
     write_colours(tmp_path / "cfg", 8, 1)
-    first = run(tmp_path, "cfg", features=[f"clip={clip}"])
+    first = run(tmp_path, "cfg", use=[f"clip={clip}"])
     other = shutil.copytree(clip, tmp_path / "other")
     network = CLIPModel.from_pretrained(clip)
     with torch.no_grad():
         network.visual_projection.weight.mul_(torch.linspace(0.5, 2, 16)[:, None])
     network.save_pretrained(other)
     capsys.readouterr()
-    second = run(tmp_path, "cfg", features=[f"clip={other}"])
+    second = run(tmp_path, "cfg", use=[f"clip={other}"])
     assert numbers(second) != numbers(first)
     assert "cfg.clip.safetensors was computed by clip/1" in capsys.readouterr().err
 
@@ -322,11 +329,12 @@ def test_a_killed_run_keeps_what_it_has_computed(tmp_path):
     write_digits(tmp_path / "real", 0, 200)
     write_digits(tmp_path / "cfg", 200, 200)
     code = (
-        "import sys, time; from guidance_interval.lab import features, folder, measure\n"
+        "import sys, time; from guidance_interval.lab import judge\n"
+        "from guidance_interval.measure import folder, report\n"
         "folder.SAVE_EVERY = 0.0\n"
-        "rows = features.Digits.rows\n"
-        "features.Digits.rows = lambda self, t: (time.sleep(0.3), rows(self, t))[1]\n"
-        "measure.run([sys.argv[2]], sys.argv[1], ['digits'], out=sys.argv[3])\n"
+        "rows = judge.Digits.rows\n"
+        "judge.Digits.rows = lambda self, t: (time.sleep(0.3), rows(self, t))[1]\n"
+        "report.run([sys.argv[2]], sys.argv[1], [judge.Digits()], out=sys.argv[3])\n"
     )
     arguments = [str(tmp_path / name) for name in ("real", "cfg", "out")]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, env=one_thread())
@@ -336,7 +344,7 @@ def test_a_killed_run_keeps_what_it_has_computed(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = len(folder.Rows(cache, features.Digits().identity)._where)
+    kept = len(folder.Rows(cache, judge.Digits().identity)._where)
     assert 0 < kept < 200
 
     with pytest.MonkeyPatch.context() as patch:
@@ -345,7 +353,9 @@ def test_a_killed_run_keeps_what_it_has_computed(tmp_path):
         assert sum(calls) == 400 - kept
     assert not list(tmp_path.glob(".*.tmp"))
     shutil.rmtree(tmp_path / "out")
-    fresh = measure.run([tmp_path / "cfg"], tmp_path / "real", ["digits"], out=tmp_path / "out", cache=tmp_path / "c")
+    fresh = report.run(
+        [tmp_path / "cfg"], tmp_path / "real", extractors("digits"), out=tmp_path / "out", cache=tmp_path / "c"
+    )
     assert fresh["images"][0]["metrics"]["digits"]["fd"]["value"] == pytest.approx(
         resumed["images"][0]["metrics"]["digits"]["fd"]["value"], rel=1e-4
     )
@@ -360,11 +370,11 @@ def test_an_interrupt_keeps_what_is_computed(digits, monkeypatch, capsys):
             raise KeyboardInterrupt
         return torch.zeros(len(tensors), 74)
 
-    monkeypatch.setattr(features.Digits, "rows", interrupted)
+    monkeypatch.setattr(judge.Digits, "rows", interrupted)
     args = ["measure", "--images", str(digits / "cfg"), "--reference", str(digits / "real"), "--features", "digits"]
     assert cli.main([*args, "--out", str(digits / "out")]) == 130
     assert "interrupted; what is computed is kept" in capsys.readouterr().err
-    assert len(folder.Rows(digits / "real.digits.safetensors", features.Digits().identity)._where) == calls[0] == 32
+    assert len(folder.Rows(digits / "real.digits.safetensors", judge.Digits().identity)._where) == calls[0] == 32
 
 
 def one_thread():
@@ -378,8 +388,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
         for i in range(num):
             Image.new("RGB", (1200, 1200), (i, 255 - i, 99)).save(tmp_path / name / f"{i}.png", compress_level=1)
     code = (
-        "import resource, sys; from guidance_interval.lab import features, folder; from tqdm import tqdm\n"
-        "f = folder.Folder(sys.argv[1]); e = features.Digits(); f.compute(features.Pixels(), [e], tqdm(disable=True))\n"
+        "import resource, sys; from guidance_interval.lab import judge; from tqdm import tqdm\n"
+        "from guidance_interval.measure import features, folder\n"
+        "f = folder.Folder(sys.argv[1]); e = judge.Digits(); f.compute(features.Pixels(), [e], tqdm(disable=True))\n"
         "assert len(f.rows(e)) == int(sys.argv[2])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
@@ -413,9 +424,9 @@ def test_the_command_prints_a_row_per_folder_and_leaves_a_report_and_a_picture(d
     assert -35 < float(contrast.split("(")[1].split("%")[0]) < -25  # Made 30 % darker.
     assert "cfg: 1/broken.png cannot be read (cannot identify image file" in out
     assert "cfg: deep.png cannot be read (mode I;16; convert it to 8 bits per channel); left out" in out
-    report = json.loads((digits / "out" / "report.json").read_text())
-    assert [r["images"] for r in report["images"]] == [60, 60] and len(report["images"][0]["unreadable"]) == 2
-    assert report["features"]["digits"].startswith("digits/1 ")
+    result = json.loads((digits / "out" / "report.json").read_text())
+    assert [r["images"] for r in result["images"]] == [60, 60] and len(result["images"][0]["unreadable"]) == 2
+    assert result["features"]["digits"].startswith("digits/1 ")
     with Image.open(digits / "out" / "measure.png") as image:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 50
 
@@ -424,7 +435,7 @@ def test_the_command_prints_a_row_per_folder_and_leaves_a_report_and_a_picture(d
 def test_every_usual_format_is_read(tmp_path, suffix):
     write_colours(tmp_path / "real" / "deeper", 4, 0, suffix=suffix)
     f = folder.Folder(tmp_path / "real")
-    f.compute(features.Pixels(), [], measure.tqdm(disable=True))
+    f.compute(features.Pixels(), [], report.tqdm(disable=True))
     assert f.names == [f"deeper/{i:04d}{suffix}" for i in range(4)]
 
 
@@ -434,26 +445,26 @@ def test_every_usual_mode_is_read_as_pillow_converts_it(tmp_path, mode):
     (tmp_path / "x").mkdir()
     image.save(tmp_path / "x" / f"a.{'tif' if mode == 'CMYK' else 'png'}")
     f, pixels = folder.Folder(tmp_path / "x"), features.Pixels()
-    f.compute(pixels, [], measure.tqdm(disable=True))
+    f.compute(pixels, [], report.tqdm(disable=True))
     torch.testing.assert_close(f.rows(pixels)[0], pixels.preprocess(image.convert("RGB")))
 
 
 def test_a_folder_full_of_broken_files_is_told_in_a_few_lines(digits):
     for i in range(30):
         (digits / "cfg" / f"broken{i:02d}.png").write_text("no image")
-    report = run(digits, "cfg")
-    about = [note for note in report["notes"] if "cannot be read" in note]
+    result = run(digits, "cfg")
+    about = [note for note in result["notes"] if "cannot be read" in note]
     assert len(about) == 11 and about[-1] == "cfg: 20 more files cannot be read; report.json names them"
-    assert len(report["images"][0]["unreadable"]) == 30
+    assert len(result["images"][0]["unreadable"]) == 30
 
 
 def test_few_images_are_measured_as_far_as_they_go(digits, capsys):
     (digits / "two").mkdir()
     for path in list((digits / "real" / "1").iterdir())[:2]:
         shutil.copy(path, digits / "two")
-    report = run(digits, "two")
-    assert {"fd", "vendi", "distance"} <= report["images"][0]["metrics"]["digits"].keys()
-    text = "\n".join(report["notes"])
+    result = run(digits, "two")
+    assert {"fd", "vendi", "distance"} <= result["images"][0]["metrics"]["digits"].keys()
+    text = "\n".join(result["notes"])
     assert "two, digits: precision, recall, density, coverage: these need 7 images or more on both sides" in text
     assert "two, digits: FD: 2 images in 64 features have a singular covariance" in text
 
@@ -524,7 +535,7 @@ def test_a_model_in_the_hubs_cache_is_loaded_as_it_is_there(tmp_path, monkeypatc
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
     code = (
-        "import torch; from guidance_interval.lab import features; e = features.get_extractor('clip')\n"
+        "import torch; from guidance_interval.measure import features; e = features.get_extractor('clip')\n"
         "print(e.identity, len(e.rows([torch.zeros(3, 28, 28)])[0]), len(e.text_rows(['a dog'])))"
     )
     env = {**one_thread(), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
@@ -548,11 +559,11 @@ def test_weights_of_another_kind_are_refused(tmp_path, clip, dinov2):
 
 
 def test_without_the_extra_the_error_names_it(digits, monkeypatch, capsys):
-    monkeypatch.setattr(features.Digits, "needs", "no_such_package")
+    monkeypatch.setattr(judge.Digits, "needs", "no_such_package")
     assert command(digits) == 2
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "guidance_interval.lab.measure")
-    monkeypatch.delattr("guidance_interval.lab.measure")
+    monkeypatch.delitem(sys.modules, "guidance_interval.measure.report")
+    monkeypatch.delattr("guidance_interval.measure.report")
     assert command(digits) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "features digits need no_such_package; install it with: pip install 'guidance-interval[measure]'" in first
@@ -561,14 +572,14 @@ def test_without_the_extra_the_error_names_it(digits, monkeypatch, capsys):
 
 def test_folders_of_one_name_share_a_cache_folder(digits, tmp_path):
     write_digits(digits / "other" / "cfg", 400, 30)
-    report = run(digits, "cfg", "other/cfg", cache=digits / "cache")
-    assert [r["images"] for r in report["images"]] == [60, 30]
-    assert [folder["folder"] for folder in report["images"]] == [str(digits / "cfg"), str(digits / "other" / "cfg")]
+    result = run(digits, "cfg", "other/cfg", cache=digits / "cache")
+    assert [r["images"] for r in result["images"]] == [60, 30]
+    assert [folder["folder"] for folder in result["images"]] == [str(digits / "cfg"), str(digits / "other" / "cfg")]
     assert len(list((digits / "cache").glob("cfg-*.digits.safetensors"))) == 2
     assert not list(digits.glob("*.safetensors"))
 
 
 def test_an_extreme_estimate_is_shown_in_full():
-    assert measure.show(measure.Estimate(0.9531, 0.94, 0.966)) == "0.953 ±0.013"
-    assert measure.show(measure.Estimate(123.4, 100.0, 147.0)) == "123 ±24"
-    assert measure.show(measure.Estimate(1.0, 1.0, 1.0)) == "1"
+    assert report.show(report.Estimate(0.9531, 0.94, 0.966)) == "0.953 ±0.013"
+    assert report.show(report.Estimate(123.4, 100.0, 147.0)) == "123 ±24"
+    assert report.show(report.Estimate(1.0, 1.0, 1.0)) == "1"

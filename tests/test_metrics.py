@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cleanfid.fid import frechet_distance as cleanfid_distance
-from guidance_interval.lab import metrics
+from guidance_interval.measure import metrics
 from prdc import compute_prdc
 from vendi_score import vendi
 
@@ -59,11 +59,10 @@ def test_vendi_is_the_authors_code_through_either_matrix(n):
     assert metrics.vendi(torch.ones(n, 3)).item() == pytest.approx(1)
 
 
-def test_frechet_to_is_clean_fids_distance_and_that_of_the_small_sets():
+def test_frechet_distance_is_clean_fids():
     x, y = normal(400, 20, 0.3, 1.2), normal(500, 20, seed=1)
     mean, cov = metrics.gaussian(y)
     expected = cleanfid_distance(x.numpy().mean(0), np.cov(x.numpy(), rowvar=False), mean.numpy(), cov.numpy())
-    assert metrics.frechet_to(x, mean, cov).item() == pytest.approx(expected, rel=1e-8)
     assert metrics.frechet_distance(x, mean, cov).item() == pytest.approx(expected, rel=1e-8)
 
 
@@ -136,7 +135,7 @@ def test_smooth_metrics_have_the_influence_of_leaving_a_sample_out(dim):
     functions = {"cmmd": lambda x, i=False: metrics.cmmd(x, y, i), "vendi": metrics.vendi}
     functions["distance"] = metrics.mean_distance
     if dim < 200:
-        functions["fd"] = lambda x, i=False: metrics.frechet_to(x, *metrics.gaussian(y), i)
+        functions["fd"] = lambda x, i=False: metrics.frechet_distance(x, *metrics.gaussian(y), i)
     for name, function in functions.items():
         _, influence = function(x, True)
         assert abs(influence.mean()) < 1e-9, name
@@ -148,10 +147,13 @@ def test_smooth_metrics_have_the_influence_of_leaving_a_sample_out(dim):
 @pytest.mark.parametrize(("shift", "tolerance"), [(0.1, 0.15), (0.5, 0.05)])
 def test_the_linear_bootstrap_of_a_distance_is_the_plain_one(shift, tolerance):
     """The nearer the reference the less so: there the plain one is too wide, being of the second order in part."""
-    x, labels = normal(400, 8, shift), torch.zeros(400, dtype=torch.int64)
+    x, generator = normal(400, 8, shift), torch.Generator().manual_seed(0)
     mean, cov = torch.zeros(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64)
-    plain = metrics.bootstrap_interval(lambda f: metrics.frechet_distance(f, mean, cov), x, labels, rounds=2000)
-    value, influence = metrics.frechet_to(x, mean, cov, influence=True)
+    resampled = [x[torch.randint(len(x), [len(x)], generator=generator)] for _ in range(2000)]
+    values = torch.stack([metrics.frechet_distance(r, mean, cov) for r in resampled])
+    values += metrics.frechet_distance(x, mean, cov) - values.mean()  # Resampling inflates it, as a smaller N would.
+    plain = values.quantile(values.new_tensor([0.025, 0.975])).tolist()
+    value, influence = metrics.frechet_distance(x, mean, cov, influence=True)
     linear = metrics.influence_interval(value, influence, rounds=2000)
     assert linear == pytest.approx(plain, abs=tolerance * (plain[1] - plain[0]))
 
@@ -166,7 +168,7 @@ def test_intervals_cover_as_often_as_they_say_or_more(shift, scale):
         x = normal(300, 8, shift, scale, seed=seed)
         prdc, prdc_influence = metrics.prdc(reference, x, influence=True)
         measured = {
-            "fd": metrics.frechet_to(x, mean, cov, True),
+            "fd": metrics.frechet_distance(x, mean, cov, True),
             "cmmd": metrics.cmmd(x, reference, True),
             "vendi": metrics.vendi(x, True),
             "distance": metrics.mean_distance(x, True),

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from guidance_interval import cli
 from guidance_interval.lab import results, sampling, sweep
 from PIL import Image
 
@@ -12,7 +13,7 @@ from PIL import Image
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    results.main(["--quick", "--out", str(out), "--device", "cpu"])
+    cli.main(["results", "--quick", "--out", str(out), "--device", "cpu"])
     return out
 
 
@@ -31,12 +32,12 @@ def test_the_page_shows_every_figure_with_its_command(quick):
 def test_a_second_run_measures_nothing_and_writes_the_same_page(quick, monkeypatch):
     before = (quick / "results.md").read_text()
     monkeypatch.setattr(sweep, "measure", lambda *_, **__: pytest.fail("measured again"))
-    results.main(["--quick", "--out", str(quick), "--device", "cpu"])
+    cli.main(["results", "--quick", "--out", str(quick), "--device", "cpu"])
     assert (quick / "results.md").read_text() == before
 
 
 def test_one_figure_alone_prints_what_the_page_says_of_it(quick, capsys):
-    results.main(["--quick", "--out", str(quick), "--device", "cpu", "--only", "cost"])
+    cli.main(["results", "--quick", "--out", str(quick), "--device", "cpu", "--only", "cost"])
     assert capsys.readouterr().out.strip() in (quick / "results.md").read_text()
 
 

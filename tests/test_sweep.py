@@ -9,7 +9,7 @@ import pytest
 import torch
 from guidance_interval import cli
 from guidance_interval.lab import model, sweep
-from guidance_interval.lab.metrics import Scores
+from guidance_interval.lab.scores import Scores
 from PIL import Image
 
 ARGS = dict(sigma_los=[0.0, 0.1], sigma_his=[2.5, math.inf], weights=[1.5, 2.0, 4.0], samples=20, sampler="euler")

@@ -1,4 +1,4 @@
-"""What the lab writes: files that appear whole or not at all, and tables that read well in a terminal too."""
+"""What the commands write: files that appear whole or not at all, and tables that read well in a terminal too."""
 
 import contextlib
 import os
@@ -34,7 +34,8 @@ def output_folder(path):
 
 
 def aligned(head, body):
-    """A Markdown table padded to its widest cells, the first column left and the others right. Cells are strings."""
+    """A Markdown table padded to its widest cells, the first column left and the others right."""
+    head, *body = (list(map(str, row)) for row in [head, *body])
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
 
     def line(cells):

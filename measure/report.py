@@ -21,9 +21,9 @@ matplotlib.use("Agg")  # No window, no display needed.
 from matplotlib import pyplot as plt
 
 from .. import __version__
+from ..files import aligned, atomic_path, output_folder
 from . import metrics
-from .features import Pixels, get_extractor
-from .files import aligned, atomic_path, output_folder
+from .features import Pixels
 from .folder import SUFFIXES, Folder, Rows
 
 K = 5  # Neighbours, as Naeem et al. 2020 have it.
@@ -55,12 +55,13 @@ class Estimate:
     high: float
 
 
-def run(images, reference, features, prompts=None, out="out/measure", device="cpu", cache=None):
+def run(images, reference, extractors, prompts=None, out="out/measure", cache=None):
     """Measure each folder of `images` against `reference`, print tables, write report.json and measure.png.
 
-    features: names for `features.get_extractor`; prompts: a JSON file {name of an image: its prompt}, beside the
-    `.txt` files that may lie next to the images. Returns the report. Raises ValueError, OSError or ImportError for
-    what cannot be measured, before any image is read; images that cannot be read are listed and left out.
+    extractors: as `features.get_extractor` returns them, each once; prompts: a JSON file {name of an image: its
+    prompt}, beside the `.txt` files that may lie next to the images. Returns the report. Raises ValueError,
+    OSError or ImportError for what cannot be measured, before any image is read; images that cannot be read are
+    listed and left out.
     """
     folders = [Folder(path, cache) for path in (reference, *images)]
     _check_apart(folders)
@@ -68,10 +69,9 @@ def run(images, reference, features, prompts=None, out="out/measure", device="cp
         for folder, path in zip(folders, (reference, *images), strict=True):
             folder.label = str(path)
     given = _read_prompts(prompts)
-    extractors = {spec: get_extractor(spec, device) for spec in features}
-    if len({e.name for e in extractors.values()}) < len(features):
-        raise ValueError(f"features {' '.join(features)} hold one twice; name each once")
-    extractors = list(extractors.values())
+    names = [e.name for e in extractors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"features {' '.join(names)} hold one twice; name each once")
     out, pixels = output_folder(out), Pixels()
 
     for folder in folders:
@@ -157,16 +157,16 @@ def _read_prompts(path):
 
 
 def _texts(folder, extractor, given):
-    """What the images of a folder were to show, one for each or None: prompts for `clip`, digits for `digits`."""
+    """What each image of a folder was to show, or None: prompts for `clip`, class names for a classifier."""
     if extractor.name == "clip":
         texts = [given.get(name) or _caption(folder.path / name) for name in folder.names]
         if given and not any(name in given for name in folder.names) and not any(texts):
             raise ValueError(
                 f"none of the prompts is for an image of {str(folder.path)!r}; its names are like {folder.names[0]!r}"
             )
-    elif extractor.name == "digits":
+    elif extractor.classes:
         texts = [Path(name).parent.name for name in folder.names]
-        texts = [t if len(t) == 1 and t.isdigit() else None for t in texts]
+        texts = [t if t in extractor.classes else None for t in texts]
     else:
         texts = [None] * len(folder.names)
     return texts
@@ -220,7 +220,7 @@ def score(folder, reference, extractor, texts):
     features = rows[:, : extractor.dim]
     if reference is not None:
         other = reference.rows(extractor)[:, : extractor.dim]
-        values["fd"] = metrics.frechet_to(features, *metrics.gaussian(other), influence=True)
+        values["fd"] = metrics.frechet_distance(features, *metrics.gaussian(other), influence=True)
         if extractor.name == "clip":
             values["cmmd"] = metrics.cmmd(features, other, influence=True)
         if min(len(features), len(other)) >= K + 2:
@@ -230,8 +230,8 @@ def score(folder, reference, extractor, texts):
     values["distance"] = metrics.mean_distance(features, influence=True)
 
     labels = None
-    if extractor.name == "digits" and all(texts):
-        labels = torch.tensor([int(t) for t in texts])
+    if extractor.classes and all(texts):
+        labels = torch.tensor([extractor.classes.index(t) for t in texts])
         values["accuracy"] = _mean(rows[:, extractor.dim :].argmax(1) == labels)
     scores = _with_intervals(values, labels)
     if extractor.name == "clip" and any(texts):

@@ -4,7 +4,8 @@ An extractor has
 - `name`, as `--features` takes it, and `dim`, the number of features;
 - `identity`, which changes with the weights and the preprocessing, and is known before the network is loaded;
 - `preprocess(image)`: one PIL image in RGB to a tensor, in any thread;
-- `rows(tensors)`: a list of B of them to float32 [B, dim] on the CPU; `digits` appends its 10 logits.
+- `classes`: names of the classes whose logits it appends to each row, if it is a classifier, else ();
+- `rows(tensors)`: a list of B of them to float32 [B, dim + len(classes)] on the CPU.
 
 Weights are where the ecosystem keeps them, or in a local file or folder that is given as the source.
 """
@@ -20,29 +21,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import data, model
 from .metrics import pixel_statistics
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
-def get_extractor(spec, device="cpu"):
-    """The extractor for `name` or `name=PATH`.
+def get_extractor(spec, device="cpu", more=()):
+    """The extractor for `name` or `name=PATH`, of `EXTRACTORS` or of the classes in `more`.
 
     Raises ValueError for another name, ImportError without its package, OSError without its weights.
     """
     name, _, source = spec.partition("=")
-    if name not in EXTRACTORS:
-        raise ValueError(f"unknown features {name!r}; there are {', '.join(EXTRACTORS)}, each with =PATH if need be")
-    if importlib.util.find_spec(EXTRACTORS[name].needs) is None:  # Now, not when the first batch has been read.
-        raise ImportError(f"features {name} need {EXTRACTORS[name].needs}")
-    return EXTRACTORS[name](device, source or None)
+    known = {cls.name: cls for cls in (*more, *EXTRACTORS)}
+    if name not in known:
+        raise ValueError(f"unknown features {name!r}; there are {', '.join(known)}, each with =PATH if need be")
+    if importlib.util.find_spec(known[name].needs) is None:  # Now, not when the first batch has been read.
+        raise ImportError(f"features {name} need {known[name].needs}")
+    return known[name](device, source or None)
 
 
 class Pixels:
     """No network: the statistics that show first when guidance is too strong (`metrics.pixel_statistics`)."""
 
-    name, dim, identity = "pixels", 3, "pixels/1"
+    name, dim, identity, classes = "pixels", 3, "pixels/1", ()
 
     def preprocess(self, image):
         return pixel_statistics(np.asarray(image))
@@ -51,36 +52,10 @@ class Pixels:
         return torch.stack(tensors)
 
 
-class Digits:
-    """The classifier that ships, for this project's own digits: 28x28, grey, light on dark."""
-
-    name, dim, needs = "digits", 64, "safetensors"
-
-    def __init__(self, device="cpu", source=None):
-        self.path, self.device = Path(source or model.SHIPPED), device
-        if not self.path.is_file():
-            raise FileNotFoundError(f"features digits={source}: no such file; give one that `make train` wrote")
-        self.identity = f"digits/1 {fingerprint(self.path)}"
-
-    @cached_property
-    def lab(self):
-        return model.load(self.path, self.device)
-
-    def preprocess(self, image):
-        size = (data.IMAGE_SIZE, data.IMAGE_SIZE)
-        return torch.from_numpy(np.array(image.convert("L").resize(size, Image.Resampling.BILINEAR)))
-
-    @torch.inference_mode()
-    def rows(self, tensors):
-        config = self.lab.config
-        x = data.to_model(torch.stack(tensors), config["pixel_mean"], config["pixel_std"])
-        return torch.cat(self.lab.classifier(x.to(self.device)), dim=1).float().cpu()
-
-
 class Inception:
     """Inception of the original FID (Heusel et al. 2017): torch-fidelity's port of the TensorFlow graph."""
 
-    name, dim, needs = "inception", 2048, "torch_fidelity"
+    name, dim, needs, classes = "inception", 2048, "torch_fidelity", ()
 
     def __init__(self, device="cpu", source=None):
         self.path, self.device = Path(source or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE), device
@@ -90,7 +65,7 @@ class Inception:
             )
         if not self.path.is_file():
             self._download()
-        self.identity = f"inception/1 {fingerprint(self.path)}"
+        self.identity = f"inception/1 {file_hash(self.path)}"
 
     def _download(self):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -133,7 +108,7 @@ class Inception:
 class _HubModel:
     """A network of transformers: from the Hugging Face cache, which is filled at the first use, or a folder."""
 
-    needs = "transformers"
+    needs, classes = "transformers", ()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, device="cpu", source=None):
@@ -145,7 +120,7 @@ class _HubModel:
                     f"features {self.name}={source}: no config.json there; give a folder of {self.hub}"
                 )
             weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in self.source.glob(pattern))
-            which = fingerprint(config, *weights)
+            which = file_hash(config, *weights)
         else:
             self.source, config = self.hub, self._cached_config()
             self.revision = which = config.parent.name
@@ -260,10 +235,10 @@ class CLIP(_HubModel):
         return self.network.text_projection(self.network.text_model(**tokens).pooler_output).cpu()
 
 
-EXTRACTORS = {cls.name: cls for cls in (Digits, Inception, DINOv2, CLIP)}
+EXTRACTORS = (Inception, DINOv2, CLIP)
 
 
-def fingerprint(*paths, pieces=32, size=2**16):
+def file_hash(*paths, pieces=32, size=2**16):
     """A hash of files by their sizes and evenly spaced pieces: no two trained networks agree in all of those."""
     digest = hashlib.sha256()
     for path in paths:

@@ -1,0 +1,37 @@
+"""The classifier that ships as an extractor for `measure`, which see (`measure/features.py`)."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..measure.features import file_hash
+from . import data, model
+
+
+class Digits:
+    """The classifier that ships, for this project's own digits: 28x28, grey, light on dark."""
+
+    name, dim, needs, classes = "digits", 64, "safetensors", tuple("0123456789")
+
+    def __init__(self, device="cpu", source=None):
+        self.path, self.device = Path(source or model.SHIPPED), device
+        if not self.path.is_file():
+            raise FileNotFoundError(f"features digits={source}: no such file; give one that `make train` wrote")
+        self.identity = f"digits/1 {file_hash(self.path)}"
+
+    @cached_property
+    def lab(self):
+        return model.load(self.path, self.device)
+
+    def preprocess(self, image):
+        size = (data.IMAGE_SIZE, data.IMAGE_SIZE)
+        return torch.from_numpy(np.array(image.convert("L").resize(size, Image.Resampling.BILINEAR)))
+
+    @torch.inference_mode()
+    def rows(self, tensors):
+        config = self.lab.config
+        x = data.to_model(torch.stack(tensors), config["pixel_mean"], config["pixel_std"])
+        return torch.cat(self.lab.classifier(x.to(self.device)), dim=1).float().cpu()
