@@ -6,6 +6,8 @@ import errno
 import math
 import os
 import sys
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -29,11 +31,16 @@ def main(argv=None):
     """
     if sys.stderr is None:  # Closed by the caller; progress bars write there.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # A terminal that lacks a character is no reason to fail.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # By what k-diffusion imports.
+    warnings.formatwarning = _format_warning
     args = parser().parse_args(argv)
     try:
-        code = args.run(args) or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with contextlib.redirect_stdout(_Stdout(sys.stdout) if sys.stdout else None):
+            code = args.run(args) or 0
+            if sys.stdout:
+                sys.stdout.flush()
         return code
     except UserError as e:
         return _error(e)
@@ -42,11 +49,12 @@ def main(argv=None):
             raise
         extra = getattr(args, "extra", "lab")
         return _error(f"{e}; in the folder of this repository, run: pip install -e '.[{extra}]'")
+    except _StdoutError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else the interpreter complains at its end.
+        if isinstance(e.__cause__, BrokenPipeError):  # `guidance-interval info | head`: the reader has seen enough.
+            return 0
+        return _error(f"standard output cannot be written to ({e.__cause__.strerror})")
     except OSError as e:
-        if broken := _stdout_error():
-            if isinstance(broken, BrokenPipeError):  # `guidance-interval info | head`: the reader has seen enough.
-                return 0
-            return _error(f"standard output cannot be written to ({broken.strerror})")
         if e.errno not in MACHINE:
             raise
         return _error(e)
@@ -60,14 +68,37 @@ def _error(text):
     return 2
 
 
-def _stdout_error():
-    """The OSError of a standard output that takes no more, or None."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else the interpreter complains at its end.
-        return e
+def _format_warning(message, category, filename, lineno, line=None):
+    """Our own warnings are for users and tell no line of code; others stay as they are."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"guidance-interval: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
+class _StdoutError(Exception):
+    """Standard output takes no more."""
+
+
+class _Stdout:
+    """Standard output, whose errors are told from those of other pipes and files."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        return self._try(self.stream.flush)
+
+    def _try(self, do, *args):
+        try:
+            return do(*args)
+        except OSError as e:
+            raise _StdoutError from e
 
 
 # ----------------------------------------------------------------------------
@@ -333,7 +364,7 @@ def _until_they_raise_user_errors():
     try:
         yield
     except (ValueError, TypeError, OSError) as e:
-        raise e if isinstance(e, BrokenPipeError) else UserError(str(e)) from e
+        raise UserError(str(e)) from e
     except ImportError as e:
         raise ModuleNotFoundError(str(e)) from e
 

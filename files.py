@@ -27,8 +27,9 @@ def atomic_path(path):
             try:
                 yield tmp
                 os.replace(tmp, path)
-            finally:
+            except BaseException:  # Not after success: then the name may be the next writer's.
                 tmp.unlink(missing_ok=True)
+                raise
     except OSError as e:
         raise UserError(f"{str(path)!r} cannot be written ({e.strerror or e})") from e
 
