@@ -23,7 +23,7 @@ def main(argv=None):
         print(f"guidance-interval: error: {e}", file=sys.stderr)
         return 2
     except ImportError as e:
-        extra = getattr(args, "extra", "lab")
+        extra = "cluster" if e.name == "distributed" else getattr(args, "extra", "lab")
         print(
             f"guidance-interval: error: {e}; install it with: pip install 'guidance-interval[{extra}]'", file=sys.stderr
         )
@@ -56,11 +56,12 @@ def parser():
     )
     sweep.add_argument("--out", default="out/sweep", help="folder for the cells, the table and the pictures")
     _sampling_arguments(sweep, samples=500)
-    sweep.add_argument("--device", type=device, nargs="+", default=["cpu"], help="one, or several to share the cells")
+    _worker_arguments(sweep)
     sweep.add_argument("--weight", type=float, nargs="+", default=[1.5, 2.0, 4.0], help="guidance weights")
     sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="lower bounds")
     sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
-    sweep.add_argument("--model", help="your own: a file of lab/train.py, or module:function(device) -> lab.model.Lab")
+    sweep.add_argument("--model", default=argparse.SUPPRESS, help="one that ships (clips, optdigits, ...; default: "
+                       "digits), a file of lab/train.py, or module:function(device) -> lab.model.Lab")  # fmt: skip
     sweep.set_defaults(run=run_sweep)
 
     results = commands.add_parser(
@@ -71,7 +72,7 @@ def parser():
     results.add_argument("--out", help="folder of the cells (default: out/results, or out/results-quick)")
     results.add_argument("--page", help="the page to write, its pictures beside it in results/ (default: "
                          "docs/results.md, or results.md in --out for --quick)")  # fmt: skip
-    results.add_argument("--device", type=device, nargs="+", help="several, or one several times, share the cells")
+    _worker_arguments(results)
     results.set_defaults(run=run_results)
 
     measure = commands.add_parser(
@@ -118,6 +119,13 @@ def _sampling_arguments(command, samples):
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers")
 
 
+def _worker_arguments(command):
+    command.add_argument("--device", type=device, nargs="+", default=argparse.SUPPRESS,
+                         help="cpu, cuda, cuda:1, ...; several, or one several times, share the cells")  # fmt: skip
+    command.add_argument("--cluster", metavar="ADDRESS", default=argparse.SUPPRESS, help="a Dask scheduler, whose "
+                         "workers share the cells: tcp://host:8786 (docs/cluster.md)")  # fmt: skip
+
+
 def count(at_least):
     """An argparse type: a whole number, not below a bound."""
 
@@ -162,6 +170,23 @@ def run_demo(args):
     )
 
 
+def resumable(command):
+    """Ctrl-C ends a command that goes on where it was stopped in one sentence."""
+
+    def run(args):
+        try:
+            return command(args)
+        except KeyboardInterrupt:
+            print(
+                "\nguidance-interval: stopped; what is done is kept, the same command goes on from there",
+                file=sys.stderr,
+            )
+            return 130
+
+    return run
+
+
+@resumable
 def run_sweep(args):
     from .lab import sweep
 
@@ -174,15 +199,18 @@ def run_sweep(args):
         sampler=args.sampler,
         steps=args.steps,
         seed=args.seed,
-        devices=args.device,
-        source=args.model,
+        devices=getattr(args, "device", None),
+        source=getattr(args, "model", None),
+        cluster=getattr(args, "cluster", None),
     )
 
 
+@resumable
 def run_results(args):
     from .lab import results
 
-    results.run(quick=args.quick, only=args.only, out=args.out, page_path=args.page, devices=args.device)
+    more = dict(devices=getattr(args, "device", None), cluster=getattr(args, "cluster", None))
+    results.run(quick=args.quick, only=args.only, out=args.out, page_path=args.page, **more)
 
 
 def run_measure(args):
