@@ -1,6 +1,7 @@
 """Several workers, here or on a Dask cluster: whatever is killed, nothing is left running, lost or done twice."""
 
 import contextlib
+import importlib
 import math
 import os
 import re
@@ -169,16 +170,17 @@ def test_workers_that_always_die_end_the_run_with_what_was_done():
     assert done == {"good": 8}
 
 
-def test_each_worker_has_a_device_of_its_own_and_an_error_comes_back():
-    tasks = {i: (("", ""), slow_device, 0.5) for i in range(4)}
-    assert {d for _, d in workers.run(tasks, ["cpu", "meta"])} == {"cpu", "meta"}
+def test_each_worker_has_a_device_of_its_own_and_an_error_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "slow_device.py").write_text(
+        "import time\nfrom guidance_interval.lab import workers\n"
+        "def slow_device():\n    time.sleep(0.5)\n    return workers.device()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    slow_device = importlib.import_module("slow_device").slow_device
+    tasks = {i: (("", ""), slow_device) for i in range(4)}
+    assert {device for _, device in workers.run(tasks, ["cpu", "meta"])} == {"cpu", "meta"}
     with pytest.raises(ZeroDivisionError):
         list(workers.run({0: (("", ""), divmod, 1, 0)}, ["cpu"]))
-
-
-def slow_device(seconds):
-    time.sleep(seconds)
-    return workers.device()
 
 
 # ----------------------------------------------------------------------------
