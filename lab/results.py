@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..files import aligned, atomic_path, output_folder
 from ..measure import metrics
 from ..noise_level import steps_to_interval
@@ -484,11 +485,11 @@ def page(scale, sections, results, command, device):
 def run(quick=False, only=None, out=None, page_path=None, devices=None, cluster=None):
     """Measure what is not done yet, draw the figures and write the page; with `only`, print the text of those figures.
 
-    Raises ValueError for an unknown figure, ValueError or OSError as `sweep.run` does, before anything is sampled.
+    Raises UserError, for an unknown figure and as `sweep.run` does, before anything is sampled if it can be known.
     """
     for figure in only or ():
         if figure not in FIGURES:
-            raise ValueError(f"unknown figure {figure!r}; there are {', '.join(FIGURES)}")
+            raise UserError(f"unknown figure {figure!r}; there are {', '.join(FIGURES)}")
     workers.check(devices, cluster)
     scale = QUICK if quick else FULL
     out = output_folder(out or Path("out") / ("results-quick" if quick else "results"))

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
 from ..sampler_patch import CFGDenoiser, GuidanceInterval
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 40.0, 7.0
+MAX_WEIGHT = 1000  # Far more than anyone uses; further on samples overflow.
 BATCH = 100  # A larger one's activations leave a desktop CPU's cache, and rows get slower.
 MAX_SEED = 2**32 - 1
 
@@ -34,24 +36,24 @@ class Samples:
 
 
 def check_weight(weight):
-    """Raise ValueError unless `weight` guides."""
-    if not 1 < weight < float("inf"):
-        raise ValueError(f"weight must be a number above 1 (1 is no guidance), got {weight!r}")
+    """Raise UserError unless `weight` guides."""
+    if not 1 < weight <= MAX_WEIGHT:
+        raise UserError(f"weight must be a number above 1 (1 is no guidance) and at most {MAX_WEIGHT}, got {weight!r}")
 
 
 def check_seed(seed):
-    """Raise ValueError unless `seed` is one that every generator takes."""
+    """Raise UserError unless `seed` is one that every generator takes."""
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
+        raise UserError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
 
 
 def get_sampler(name):
-    """The function `sample_<name>` of k-diffusion; raises ValueError, with the names there are, for another."""
+    """The function `sample_<name>` of k-diffusion; raises UserError, with the names there are, for another."""
     from k_diffusion import sampling
 
     known = {k.removeprefix("sample_"): f for k, f in vars(sampling).items() if k.startswith("sample_") and callable(f)}
     if name not in known:
-        raise ValueError(f"unknown sampler {name!r}; k-diffusion has {', '.join(sorted(known))}")
+        raise UserError(f"unknown sampler {name!r}; k-diffusion has {', '.join(sorted(known))}")
     return known[name]
 
 
@@ -103,7 +105,7 @@ def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=Non
     """Sample `num` images, their classes in turn, and return `Samples`.
 
     One seed gives every setting the same initial noise, on any device, and the same noise of the sampler.
-    progress(n) is called after each batch of n images. Raises ValueError for an unknown sampler or a bad seed.
+    progress(n) is called after each batch of n images. Raises UserError for an unknown sampler or a bad seed.
     """
     check_seed(seed)
     denoiser = CFGDenoiser(lab.denoiser, setting.interval)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder
 from ..sampler_patch import GuidanceInterval
 from . import model, plots, workers
@@ -60,15 +61,16 @@ class Measured:
 def grid(sigma_los, sigma_his, weights):
     """Every cell of the grid with sigma_lo < sigma_hi, and for comparison CFG everywhere at each weight, and none.
 
-    Raises ValueError when a bound or a weight makes no sense, or no pair of bounds is an interval.
+    Raises UserError when a bound or a weight makes no sense, or no pair of bounds is an interval.
     """
     for weight in weights:
         check_weight(weight)
     for lo, hi in [*itertools.product(sigma_los, [math.inf]), *itertools.product([0.0], sigma_his)]:
-        GuidanceInterval(lo, hi)  # Refuses what is no bound at all.
+        with user_input():
+            GuidanceInterval(lo, hi)  # Refuses what is no bound at all.
     pairs = [(lo, hi) for lo, hi in itertools.product(sigma_los, sigma_his) if lo < hi]
     if not pairs:
-        raise ValueError(f"no sigma_lo of {sigma_los} lies below a sigma_hi of {sigma_his}")
+        raise UserError(f"no sigma_lo of {sigma_los} lies below a sigma_hi of {sigma_his}")
     cells = {Cell(w, lo, hi) for w in weights for lo, hi in [*pairs, (0.0, math.inf)]}
     return sorted(cells | {Cell(1.0, 0.0, math.inf)})
 
@@ -83,8 +85,8 @@ VALUES = [f.name for f in fields(Scores)] + ["rows", "seconds"]
 class Store:
     """The cells that are done, in an SQLite file; `identity` is what all of them have in common.
 
-    The file is this process's alone until `close`, or until it dies. Raises OSError when another process has it, or
-    when it cannot be written to; ValueError when it holds a sweep of another identity, or is no such file.
+    The file is this process's alone until `close`, or until it dies. Raises UserError when another process has it, when
+    it cannot be written to, when it holds a sweep of another identity, or when it is no such file.
     """
 
     def __init__(self, path, identity):
@@ -105,7 +107,7 @@ class Store:
         differing = [f"{k} {known.get(k)!r}, not {v!r}" for k, v in identity.items() if known and known.get(k) != v]
         if differing:
             self.close()
-            raise ValueError(f"{self.path!r} holds a sweep with {'; '.join(differing)}: choose another --out")
+            raise UserError(f"{self.path!r} holds a sweep with {'; '.join(differing)}: choose another --out")
 
     def __enter__(self):
         return self
@@ -155,16 +157,16 @@ class Store:
         except (sqlite3.DatabaseError, json.JSONDecodeError) as e:
             self.close()
             if "locked" in str(e):
-                raise OSError(
+                raise UserError(
                     f"{self.path!r} is in use by another process, probably a sweep with the same --out: wait for it to "
                     "end, or choose another --out"
                 ) from e
             if any(words in str(e) for words in ("full", "I/O", "readonly", "unable to open")):
-                raise OSError(
+                raise UserError(
                     f"{self.path!r} cannot be written to ({e}): make room or set its permissions and run the command "
                     "again, which goes on from the last finished cell, or choose another --out"
                 ) from e
-            raise ValueError(f"{self.path!r} is not a sweep's file ({e}); choose another --out") from e
+            raise UserError(f"{self.path!r} is not a sweep's file ({e}); choose another --out") from e
 
 
 # ----------------------------------------------------------------------------
@@ -196,8 +198,8 @@ def load_lab(source, device):
     """Return the `model.Lab` of a source: the shipped digits for None, a model file, or what a function gives.
 
     source: None, the name of a model that ships (`clips`), the path of a .safetensors file that `lab/train.py` wrote,
-    or `module:function`, which is called with the device. Raises ValueError or FileNotFoundError, with the source,
-    when there is none.
+    or `module:function`, which is called with the device. Raises UserError, with the source, when there is none or it
+    is no lab; what the function itself raises is passed on.
     """
     if source is None:
         return model.load(device=device)
@@ -206,16 +208,18 @@ def load_lab(source, device):
     if source.endswith(".safetensors"):
         return model.load(source, device)
     module, _, function = source.partition(":")
-    if not function:
-        raise ValueError(
+    if not module or not function:
+        raise UserError(
             f"model must be given as module:function, a .safetensors file or one of {', '.join(model.shipped())}, "
             f"got {source!r}"
         )
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"model {source!r} cannot be loaded ({e}); is its folder on PYTHONPATH?") from e
-    return make(device)
+    except (ImportError, AttributeError, TypeError) as e:  # A relative name is a TypeError.
+        raise UserError(f"model {source!r} cannot be loaded ({e}); is its folder on PYTHONPATH?") from e
+    if not callable(make):
+        raise UserError(f"model {source!r} is not a function: it is called with a device and returns a lab.model.Lab")
+    return model.check_lab(make(device), source)
 
 
 def measured_by(lab):
@@ -263,11 +267,11 @@ def _task(job, cell, identity, device=None, progress=None):
 
 @functools.lru_cache(maxsize=8)
 def _lab(source, device, weights, scores):
-    """The `Lab` of a source, once in a process; raises ValueError unless it measures as the sweep began to."""
+    """The `Lab` of a source, once in a process; raises UserError unless it measures as the sweep began to."""
     lab = load_lab(source, device)
     here, expected = measured_by(lab), dict(weights=weights, scores=scores)
     if here != expected:
-        raise ValueError(
+        raise UserError(
             f"the worker on {socket.gethostname()} would measure something else: its model {source or 'digits'!r} has "
             f"{here}, the sweep {expected}; install the same version and copy the same model file to each machine, and "
             "start the workers again"
@@ -358,7 +362,7 @@ def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devic
     """Measure what is not done yet of a grid, print the table and write the pictures; return `{Cell: Measured}`.
 
     devices: the CPU if none are given; several share the cells. cluster: the address of a Dask scheduler, whose workers
-    share them. Raises ValueError or OSError, as `lab.demo.run` does, before anything is sampled.
+    share them. Raises UserError, before anything is sampled if it can be known.
     """
     cells = grid(sigma_los, sigma_his, weights)
     get_sampler(sampler)

@@ -16,18 +16,20 @@ from concurrent.futures import BrokenExecutor, CancelledError, ProcessPoolExecut
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import UserError
+
 TRIES = 3  # Rounds in a row in which workers die and no task is done.
 
 
 def check(devices, cluster):
-    """Raise before any work: ValueError for devices that make no sense, ImportError without Dask."""
+    """Raise before any work: UserError for devices that make no sense, ModuleNotFoundError without Dask."""
     if cluster and devices and len(devices) > 1:
-        raise ValueError(f"--cluster takes one --device for all its workers, or none, got {' '.join(devices)}")
+        raise UserError(f"--cluster takes one --device for all its workers, or none, got {' '.join(devices)}")
     if cluster:
         try:
             import distributed  # noqa: F401
         except ImportError as e:
-            raise ImportError("--cluster needs Dask's package distributed", name="distributed") from e
+            raise ModuleNotFoundError("--cluster needs Dask's package distributed", name="distributed") from e
 
 
 def run(tasks, devices, cluster=None):
@@ -37,7 +39,7 @@ def run(tasks, devices, cluster=None):
     and which one it is. devices: one process for each, which `device()` tells it; not used with `cluster`, the
     address of a Dask scheduler.
 
-    Raises OSError when no scheduler answers or it goes away, or when workers die and nothing gets done; an exception
+    Raises UserError when no scheduler answers or it goes away, or when workers die and nothing gets done; an exception
     of a task ends the run.
     """
     left, tries = dict(tasks), 0
@@ -59,7 +61,7 @@ def run(tasks, devices, cluster=None):
             tqdm.write("a worker died (killed, or out of memory): what it was at is done again", file=sys.stderr)
         tries = 0 if len(left) < before else tries + 1
         if tries == TRIES:
-            raise ChildProcessError(
+            raise UserError(
                 f"workers died {TRIES} times in a row and nothing got done (out of memory?); what was done before is "
                 "kept: run the command again with fewer workers"
             )
@@ -137,7 +139,7 @@ def _cluster(address):
     try:
         client = Client(address, timeout=10)
     except (OSError, ValueError) as e:
-        raise OSError(f"no Dask scheduler answers at {address!r} ({e}); start one with `dask scheduler`") from e
+        raise UserError(f"no Dask scheduler answers at {address!r} ({e}); start one with `dask scheduler`") from e
     executor = client.get_executor(pure=False)
     if not client.nthreads():
         print(f"no worker has joined yet; start some with `dask worker {address} --nthreads 1`", file=sys.stderr)
@@ -148,7 +150,7 @@ def _cluster(address):
     try:
         yield submit, KilledWorker
     except CancelledError as e:
-        raise OSError(
+        raise UserError(
             f"the Dask scheduler at {address!r} has gone away; what is done is kept: start it and its workers, and run "
             "the command again"
         ) from e

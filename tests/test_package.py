@@ -1,9 +1,11 @@
 """The repository as a package: what an install holds, and that it needs nothing but torch and numpy."""
 
+import ast
 import re
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import guidance_interval
@@ -52,7 +54,7 @@ def test_an_installed_wheel_works_without_hosts_and_without_the_lab(wheel, tmp_p
     done = python(code, tmp_path)
     assert done.stdout.startswith(str(tmp_path)), done.stdout + done.stderr
     assert "sdxl" in done.stdout
-    assert done.returncode == 2 and "pip install 'guidance-interval[lab]'" in done.stderr
+    assert done.returncode == 2 and "pip install -e '.[lab]'" in done.stderr
 
 
 def test_importing_the_package_imports_no_host_and_no_lab():
@@ -60,6 +62,52 @@ def test_importing_the_package_imports_no_host_and_no_lab():
         "{'comfy', 'modules', 'k_diffusion', 'matplotlib', 'safetensors'} or m.startswith('guidance_interval.lab')))"
     )
     assert python(code, "/").stdout.strip() == "[]"
+
+
+# What the rooms may need beyond torch and numpy. Hosts bring what nodes/, a1111/ and scripts/ import of theirs.
+EXTRAS = {"": [], "lab": ["lab"], "measure": ["measure"], "benchmarks": ["measure", "dev", "comfy-test"],
+          "tests": ["measure", "dev", "comfy-test"]}  # fmt: skip
+OTHERS = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "nodes", "folder_paths", "backend", "gradio", "ldm",
+          "ldm_patched", "modules", "modules_forge", "webui", "fastapi", "omegaconf", "open_clip"}  # fmt: skip
+
+
+def requirements(extras):
+    """Names of the distributions that a list of extras asks for."""
+    tomllib = pytest.importorskip("tomllib")  # Of Python 3.11.
+    names, project = {"torch", "numpy"}, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in extras:
+        for requirement in project["optional-dependencies"][extra]:
+            name, inner = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement).groups()
+            names |= (
+                requirements(inner.split(",")) if name == project["name"] else {re.sub(r"[-_.]+", "-", name).lower()}
+            )
+    return names
+
+
+def imported(path):
+    """The top-level packages that a file imports, anywhere in it, but for our own and the standard library's."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("room", EXTRAS)
+def test_every_room_s_extra_declares_what_it_imports(room):
+    distributions = metadata.packages_distributions()
+    files = [*ROOT.glob("*.py"), *(ROOT / "nodes").glob("*.py"), *(ROOT / "a1111").glob("*.py")]
+    files = files if not room else list((ROOT / room).rglob("*.py"))
+    local = {"guidance_interval", *(p.stem for p in (ROOT / "tests").rglob("*.py")), *sys.stdlib_module_names}
+    local |= OTHERS | ({"PIL"} if not room else set())  # Every host has Pillow.
+    declared = requirements(EXTRAS[room])
+    missing = {
+        f"{name} ({path.name})"
+        for path in files
+        for name in set(imported(path)) - local
+        if not {re.sub(r"[-_.]+", "-", d).lower() for d in distributions.get(name, [name])} & declared
+    }
+    assert files and not missing
 
 
 def test_the_version_is_one():

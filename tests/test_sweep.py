@@ -9,6 +9,7 @@ import sqlite3
 import pytest
 import torch
 from guidance_interval import cli
+from guidance_interval.errors import UserError
 from guidance_interval.lab import model, sampling, sweep
 from guidance_interval.lab.scores import SCORES_VERSION, Scores
 from PIL import Image
@@ -104,11 +105,6 @@ def test_the_frontier_is_what_nothing_beats():
         (["--sigma-lo", "3", "--sigma-hi", "2"], "no sigma_lo of [3.0] lies below a sigma_hi of [2.0]"),
         (["--sigma-lo", "-1"], "sigma_lo must not be negative, got -1.0"),
         (["--sampler", "eular"], "unknown sampler 'eular'"),
-        (
-            ["--seed", "99999999999999999999"],
-            "seed must be a whole number from 0 to 4294967295, got 99999999999999999999",
-        ),
-        (["--seed", "-1"], "seed must be a whole number from 0 to 4294967295, got -1"),
         (["--model", "nowhere"], "model must be given as module:function, a .safetensors file or one of clips, "),
         (["--cluster", "a:1", "--device", "cpu", "cpu"], "--cluster takes one --device for all its workers, or none"),
         (["--model", "nowhere.safetensors"], "model file 'nowhere.safetensors' does not exist"),
@@ -139,7 +135,7 @@ def test_bad_arguments_are_told_in_one_line(tmp_path, capsys, args, says):
 def test_a_folder_of_another_sweep_is_refused(whole, other, says):
     folder, _ = whole
     before = (folder / "sweep.sqlite").read_bytes()
-    with pytest.raises(ValueError, match=f"holds a sweep with {re.escape(says)}.*: choose another --out"):
+    with pytest.raises(UserError, match=f"holds a sweep with {re.escape(says)}.*: choose another --out"):
         sweep.run(folder, **{**ARGS, **other})
     assert (folder / "sweep.sqlite").read_bytes() == before
 
@@ -172,7 +168,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
     measured, added = sweep.Measured(Scores(1.0, 1.0, 1.0, 1.0, 1.0), 1.0, 1.0), 0
     store = sweep.Store(tmp_path / "sweep.sqlite", {})
     store.db.execute("PRAGMA max_page_count = 10")  # SQLite's own "database or disk is full".
-    with pytest.raises(OSError, match=r"sweep\.sqlite' cannot be written to \(database or disk is full\): make room"):
+    with pytest.raises(UserError, match=r"sweep\.sqlite' cannot be written to \(database or disk is full\): make room"):
         for added in range(10_000):
             store.add([sweep.Cell(2.0, 0.0, 1.0 + added)], measured)
     with sweep.Store(tmp_path / "sweep.sqlite", {}) as store:
@@ -262,10 +258,10 @@ def test_a_model_of_one_s_own(tmp_path, monkeypatch):
 def test_the_models_that_ship_have_names():
     clips = sweep.load_lab("clips", "cpu")
     assert clips.config["image_channels"] == 6
-    with pytest.raises(ValueError, match=r"a \.safetensors file or one of clips, .*, optdigits, got 'clip'"):
+    with pytest.raises(UserError, match=r"a \.safetensors file or one of clips, .*, optdigits, got 'clip'"):
         sweep.load_lab("clip", "cpu")
 
 
 def test_a_worker_with_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"the worker on .* would measure something else: its model 'digits' has"):
+    with pytest.raises(UserError, match=r"the worker on .* would measure something else: its model 'digits' has"):
         sweep._lab(None, "cpu", "0123456789abcdef", SCORES_VERSION)

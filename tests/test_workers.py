@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from guidance_interval import cli
+from guidance_interval.errors import UserError
 from guidance_interval.lab import sweep, workers
 
 ARGS = dict(sigma_los=[0.0, 0.1], sigma_his=[2.5, math.inf], weights=[1.5], samples=20, sampler="euler_ancestral")
@@ -156,7 +157,7 @@ def test_ctrl_c_ends_all_in_one_sentence(site):
     os.killpg(process.pid, signal.SIGINT)  # As a terminal does: every process of the command gets it.
     assert process.wait(20) == 130
     eventually(lambda: not any(map(alive, family)), 10)
-    assert "guidance-interval: stopped; what is done is kept, the same command goes on from there" in site.log()
+    assert "guidance-interval: interrupted; what is done is kept, run the same command to go on" in site.log()
     assert "Traceback" not in site.log() and "leaked" not in site.log()
     assert 0 < len(site.results()) < CELLS
 
@@ -164,7 +165,7 @@ def test_ctrl_c_ends_all_in_one_sentence(site):
 def test_workers_that_always_die_end_the_run_with_what_was_done():
     tasks = {"good": (("", ""), pow, 2, 3), "bad": (("", ""), os._exit, 1)}
     done = {}
-    with pytest.raises(ChildProcessError, match="workers died 3 times in a row and nothing got done"):
+    with pytest.raises(UserError, match="workers died 3 times in a row and nothing got done"):
         for key, value in workers.run(tasks, ["cpu"]):
             done[key] = value
     assert done == {"good": 8}
@@ -238,5 +239,5 @@ def test_without_dask_the_extra_is_named(tmp_path, monkeypatch, capsys, command)
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert cli.main([command, "--out", str(tmp_path / "out"), "--cluster", "tcp://a:1"]) == 2
     error = capsys.readouterr().err
-    assert "--cluster needs Dask's package distributed" in error and "[cluster]" in error
+    assert "--cluster needs Dask's package distributed" in error and "pip install -e '.[cluster]'" in error
     assert not (tmp_path / "out").exists()
