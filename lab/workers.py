@@ -135,7 +135,7 @@ def _cluster(address):
     from distributed import Client
     from distributed.scheduler import KilledWorker
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # A lost scheduler is told below, without tracebacks.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # Below a lost scheduler is told in a sentence.
     try:
         client = Client(address, timeout=10)
     except (OSError, ValueError) as e:

@@ -29,9 +29,10 @@ from guidance_interval.lab import model
 def load(device):
     lab = model.load(device=device)
 
-    def slow(*_):  # As long as a network that is worth several machines; the file tells who is at work.
-        pathlib.Path(os.environ["AT_WORK"], str(os.getpid())).touch()
-        time.sleep(0.2)
+    def slow(_, args):  # As a network that is worth several machines; the file tells who is at work.
+        if len(args[0]) > 2:  # No trial of the lab.
+            pathlib.Path(os.environ["AT_WORK"], str(os.getpid())).touch()
+            time.sleep(0.2)
 
     lab.denoiser.register_forward_pre_hook(slow)
     return lab
