@@ -14,6 +14,7 @@ import torch
 from . import __version__, noise_level
 from .errors import UserError, user_input
 from .lab.data import DATA
+from .lab.sampling import MAX_SEED
 from .presets import PRESETS
 from .sampler_patch import GuidanceInterval
 
@@ -21,7 +22,6 @@ from .sampler_patch import GuidanceInterval
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 MAX_SAMPLES = 100_000  # Variety compares all pairs of a class.
 MAX_STEPS = 10_000
-MAX_SEED = 2**32 - 1
 
 
 def main(argv=None):
@@ -47,7 +47,7 @@ def main(argv=None):
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] == __package__:
             raise
-        extra = getattr(args, "extra", "lab")
+        extra = "cluster" if e.name == "distributed" else getattr(args, "extra", "lab")
         return _error(f"{e}; in the folder of this repository, run: pip install -e '.[{extra}]'")
     except _StdoutError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else the interpreter complains at its end.
@@ -160,14 +160,15 @@ def parser():
     )
     sweep.add_argument("--out", type=path, default="out/sweep", help="folder for the cells, the table and the pictures")
     _sampling_arguments(sweep, samples=500)
-    sweep.add_argument("--device", type=device, nargs="+", default=["cpu"], help="one, or several to share the cells")
+    _worker_arguments(sweep, "cpu")
     sweep.add_argument("--weight", type=float, nargs="+", default=[1.5, 2.0, 4.0], help="guidance weights")
     sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="lower bounds")
     sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
     sweep.add_argument(
         "--model",
         type=path,
-        help="a .safetensors file that `train` wrote, or module:function, called with a device, for a lab of your own",
+        help="one that ships (clips, optdigits, ...; default: digits), a .safetensors file that `train` wrote, or "
+        "module:function, called with a device, for a lab of your own",
     )
     sweep.set_defaults(run=run_sweep, interrupted=again)
 
@@ -183,12 +184,7 @@ def parser():
         help="the page to write, its pictures beside it in results/ (default: docs/results.md, or results.md in --out "
         "for --quick)",
     )
-    results.add_argument(
-        "--device",
-        type=device,
-        nargs="+",
-        help="several, or one several times, share the cells (default: GPU or cpu)",
-    )
+    _worker_arguments(results, "GPU or cpu")
     results.set_defaults(run=run_results, interrupted=again)
 
     measure = commands.add_parser(
@@ -254,6 +250,15 @@ def _sampling_arguments(command, samples):
     command.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
     command.add_argument("--steps", type=count(2, MAX_STEPS), default=16, help="sampling steps")
     command.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="the same seed gives the same numbers")
+
+
+def _worker_arguments(command, default):
+    command.add_argument(
+        "--device", type=device, nargs="+", help=f"several, or one several times, share the cells (default: {default})"
+    )
+    command.add_argument(
+        "--cluster", type=path, metavar="ADDRESS", help="a Dask scheduler whose workers share them: docs/cluster.md"
+    )
 
 
 def count(low, high):
@@ -322,26 +327,32 @@ def run_demo(args):
 def run_sweep(args):
     from .lab import sweep
 
-    with _until_they_raise_user_errors():
-        sweep.run(
-            out=args.out,
-            sigma_los=args.sigma_lo,
-            sigma_his=args.sigma_hi,
-            weights=args.weight,
-            samples=args.samples,
-            sampler=args.sampler,
-            steps=args.steps,
-            seed=args.seed,
-            devices=args.device,
-            source=args.model,
-        )
+    sweep.run(
+        out=args.out,
+        sigma_los=args.sigma_lo,
+        sigma_his=args.sigma_hi,
+        weights=args.weight,
+        samples=args.samples,
+        sampler=args.sampler,
+        steps=args.steps,
+        seed=args.seed,
+        devices=args.device,
+        source=args.model,
+        cluster=args.cluster,
+    )
 
 
 def run_results(args):
     from .lab import results
 
-    with _until_they_raise_user_errors():
-        results.run(quick=args.quick, only=args.only, out=args.out, page_path=args.page, devices=args.device)
+    results.run(
+        quick=args.quick,
+        only=args.only,
+        out=args.out,
+        page_path=args.page,
+        devices=args.device,
+        cluster=args.cluster,
+    )
 
 
 def run_measure(args):

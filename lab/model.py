@@ -221,6 +221,11 @@ def save(path, denoiser, classifier, reference, config, record):
             raise OSError(str(e)) from e
 
 
+def shipped():
+    """`{name: path}` of the models that ship."""
+    return {path.stem: path for path in sorted(SHIPPED.parent.glob("*.safetensors"))}
+
+
 def load(path=SHIPPED, device="cpu"):
     """Read a model file that `lab/train.py` wrote and return a `Lab`.
 

@@ -5,6 +5,7 @@ step count: a run that was cut off goes on where it was. `--quick` does the same
 too few samples to conclude from.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -16,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..files import aligned, atomic_path, output_folder
 from ..measure import metrics
 from ..noise_level import steps_to_interval
 from ..sampler_patch import GuidanceInterval
-from . import data, demo, model, plots, sweep
+from . import data, demo, model, plots, sweep, workers
 from .sampling import Setting, karras_sigmas, sample
 from .scores import class_spread, score_samples
 from .sweep import Cell, Job
@@ -28,8 +30,8 @@ from .sweep import Cell, Job
 # Chosen on the digits, with the sampler and the steps of MAIN, and used for everything else as it is.
 INTERVAL = GuidanceInterval(0.1, 2.5)
 SAMPLER, STEPS = "dpmpp_2m", 16
-MODELS = {name: str(model.SHIPPED.with_name(f"{name}.safetensors")) for name in ("optdigits", "clips")}
-SEEDS = {0: None} | {n: str(model.SHIPPED.with_name(f"digits-seed{n}.safetensors")) for n in (1, 2)}
+MODELS = ("optdigits", "clips")  # As `sweep.load_lab` knows them.
+SEEDS = {0: None, 1: "digits-seed1", 2: "digits-seed2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +117,7 @@ def wanted(scale):
         "variety": {main: curves},
         "cost": frontier,
         "seeds": {main_job(scale, source): curves for source in SEEDS.values()},
-        "data": {
-            main_job(scale, source): [*curves, *others, *flat(parts(scale.part_weights))] for source in MODELS.values()
-        },
+        "data": {main_job(scale, source): [*curves, *others, *flat(parts(scale.part_weights))] for source in MODELS},
     }
 
 
@@ -231,13 +231,20 @@ def draw_heatmap(scale, results, out):
     lines = []
     for w in scale.heat_weights:
         fd = {(c.sigma_lo, c.sigma_hi): 1000 * r[c].scores.fd for c in cells if c.weight == w}
-        low = max(abs(fd[lo, hi] / fd[0.0, hi] - 1) for lo, hi in fd if lo <= 0.1 and hi >= 1)
+        low_los = [lo for lo in scale.sigma_los if 0 < lo <= 0.1]
+        moved = ""
+        if low_los:
+            most = max(abs(fd[lo, hi] / fd[0.0, hi] - 1) for lo, hi in fd if lo in low_los and hi >= 1)
+            moved = (
+                f"raising `sigma_lo` from 0 up to {low_los[-1]:g} moves it by {most:.1%} at most (`sigma_hi` of 1 or "
+                "more). "
+            )
         column = [fd[0.0, hi] for hi in scale.sigma_his]
         best = min(fd, key=fd.get)
         lines.append(
             f"- w = {w:g}: raising `sigma_hi` from {scale.sigma_his[0]:g} to {scale.sigma_his[-1]:g} multiplies the "
-            f"distance by {column[-1] / column[0]:.0f}; raising `sigma_lo` from 0 up to 0.1 moves it by {low:.1%} at "
-            f"most (`sigma_hi` of 1 or more). Lowest: {fd[best]:.2f} in {GuidanceInterval(*best)}."
+            f"distance by {column[-1] / column[0]:.0f}{'; ' if moved else '. '}{moved}"
+            f"Lowest: {fd[best]:.2f} in {GuidanceInterval(*best)}."
         )
     return (
         "## The distance over both bounds\n\n"
@@ -306,8 +313,8 @@ def draw_seeds(scale, results, out):
 
 def draw_data(scale, results, out):
     shown, body, worst = [], [], []
-    for name, source in MODELS.items():
-        r, described = results[main_job(scale, source)], model.load(source).record["data"]
+    for name in MODELS:
+        r, described = results[main_job(scale, name)], sweep.load_lab(name, "cpu").record["data"]
         curves = {key: points(r, cells) for key, cells in two_curves(scale).items()}
         for hi in scale.other_his:
             other = GuidanceInterval(0.1, hi)
@@ -340,7 +347,7 @@ def draw_data(scale, results, out):
 
 def sample_clips(weight=4.0):
     """Ten clips, one for each class, sampled in the interval: uint8 [10, 6, 20, 20]."""
-    lab = model.load(MODELS["clips"])
+    lab = sweep.load_lab("clips", "cpu")
     drawn = sample(lab, Setting("", weight, INTERVAL), 10, SAMPLER, STEPS)
     scale = lab.config["pixel_mean"], lab.config["pixel_std"]
     return torch.stack([data.to_pixels(drawn.x[:, t : t + 1], *scale) for t in range(data.FRAMES)], dim=1).numpy()
@@ -429,7 +436,7 @@ FIGURES = {
 def not_reproduced(scale, results):
     """Where the paper's claims do not hold here, out of the same cells."""
     lines = []
-    for name, source in {"digits": None, **MODELS}.items():
+    for name, source in [("digits", None), *((name, name) for name in MODELS)]:
         r = results[main_job(scale, source)]
         none, best = r[NONE].scores, min((c for c in r if c != NONE), key=lambda c: r[c].scores.fd)
         s = r[best].scores
@@ -463,7 +470,7 @@ def page(scale, sections, results, command, device):
     return (
         "# Results\n\n"
         f"Written by `{command}`: the numbers and pictures on this page come from that command and from nothing "
-        f"else; it measured {cells} cells of {scale.samples:,} samples each on {device}. The models are in "
+        f"else: {cells} cells of {scale.samples:,} samples each, measured on {device}. The models are in "
         "`lab/`, trained by `lab/train.py`. [How to read this for a model of your own](guide.md).\n\n"
         f"Unless it says otherwise: the digits that ship, {SAMPLER}, {STEPS} steps, Karras schedule from 40 to 0.01, "
         f"interval {INTERVAL}, which was chosen on this model with this sampler and is used for all others as it is. "
@@ -475,20 +482,22 @@ def page(scale, sections, results, command, device):
     )
 
 
-def run(quick=False, only=None, out=None, page_path=None, devices=None):
+def run(quick=False, only=None, out=None, page_path=None, devices=None, cluster=None):
     """Measure what is not done yet, draw the figures and write the page; with `only`, print the text of those figures.
 
-    Raises ValueError for an unknown figure, ValueError or OSError as `sweep.run` does, before anything is sampled.
+    Raises UserError, for an unknown figure and as `sweep.run` does, before anything is sampled if it can be known.
     """
     for figure in only or ():
         if figure not in FIGURES:
-            raise ValueError(f"unknown figure {figure!r}; there are {', '.join(FIGURES)}")
+            raise UserError(f"unknown figure {figure!r}; there are {', '.join(FIGURES)}")
+    workers.check(devices, cluster)
     scale = QUICK if quick else FULL
     out = output_folder(out or Path("out") / ("results-quick" if quick else "results"))
     target = Path(page_path or (out / "results.md" if quick else "docs/results.md"))
-    # One process leaves a GPU waiting for its next launch: as many as there are cores to launch from.
-    workers = max(1, min(14, (os.cpu_count() or 1) - 2))
-    devices = devices or (["cuda"] * workers if torch.cuda.is_available() else ["cpu"])
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if not cluster and not devices:
+        # One process leaves a GPU waiting for its next launch: as many as there are cores to launch from.
+        devices = [here] * max(1, min(14, (os.cpu_count() or 1) - 2)) if here == "cuda" else [here]
     pictures = output_folder(target.with_suffix(""))
     begin = time.time()
 
@@ -497,23 +506,28 @@ def run(quick=False, only=None, out=None, page_path=None, devices=None):
     for figure in figures if only else FIGURES:
         for job, some in wanted(scale)[figure].items():
             cells[job] = sorted({*cells.get(job, []), *some})
-    stores = {}
-    for job in cells:
-        name = "digits" if job.source is None else Path(job.source).stem
-        identity = job.identity(sweep.load_lab(job.source, "cpu"))
-        stores[job] = sweep.Store(out / f"{name}-{job.sampler}-{job.steps}.sqlite", identity)
-    results = sweep.complete(stores, cells, devices)
+    with contextlib.ExitStack() as stack:
+        stores = {}
+        for job in cells:
+            identity = job.identity(sweep.load_lab(job.source, "cpu"))
+            path = out / f"{job.name}-{job.sampler}-{job.steps}.sqlite"
+            stores[job] = stack.enter_context(sweep.Store(path, identity))
+        results = sweep.complete(stores, cells, devices, cluster)
 
     sections = {}
     for figure in figures:
         print(f"drawing {figure}", file=sys.stderr)
-        more = dict(device=devices[0]) if figure == "variety" else {}
+        more = dict(device=here if cluster else devices[0]) if figure == "variety" else {}
         sections[figure] = FIGURES[figure](scale, results, pictures, **more)
     if only:
         print("\n\n".join(sections.values()))
     else:
         command = "make results" + (' ARGS="--quick"' if quick else "")
-        device = torch.cuda.get_device_name() if devices[0].startswith("cuda") else "a CPU"
+        device = "a CPU"
+        if cluster:
+            device = "a Dask cluster"
+        elif devices[0].startswith("cuda"):
+            device = torch.cuda.get_device_name(devices[0])
         with atomic_path(target) as tmp:
             tmp.write_text(page(scale, sections, results, command, device))
         print(f"wrote {target} and its pictures in {pictures}; {command} took {time.time() - begin:.0f} s")

@@ -1,5 +1,6 @@
 """Sample the model that ships with k-diffusion's samplers, and count what it cost."""
 
+import functools
 import inspect
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ..sampler_patch import CFGDenoiser, GuidanceInterval
 SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 40.0, 7.0
 MAX_WEIGHT = 1000  # Far more than anyone uses; further on samples overflow.
 BATCH = 100  # A larger one's activations leave a desktop CPU's cache, and rows get slower.
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ def check_weight(weight):
     """Raise UserError unless `weight` guides."""
     if not 1 < weight <= MAX_WEIGHT:
         raise UserError(f"weight must be a number above 1 (1 is no guidance) and at most {MAX_WEIGHT}, got {weight!r}")
+
+
+def check_seed(seed):
+    """Raise UserError unless `seed` is one that every generator takes."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed must be a whole number from 0 to {MAX_SEED}, got {seed!r}")
 
 
 def get_sampler(name):
@@ -65,13 +73,41 @@ def schedule_args(sampler, sigmas):
     return (min(levels), max(levels), *([len(levels)] if "n" in takes else []))
 
 
+def evaluation_sigmas(sampler, *args, **kwargs):
+    """The noise levels at which a fixed-step sampler evaluates its model, in order.
+
+    Found by running `sampler(model, x, *args, **kwargs)` on one number.
+    """
+    seen = []
+
+    def record(x, sigma, **_):
+        seen.append(sigma[0])
+        return torch.zeros_like(x)
+
+    with torch.random.fork_rng(devices=[]):
+        sampler(record, torch.zeros(1, 1), *args, disable=True, **kwargs)
+    return torch.stack(seen)
+
+
+@functools.cache
+def evaluations(name, steps):
+    """`(sigmas, fixed)` of a sampler on the lab's schedule: its evaluations, and whether they are always these.
+
+    An adaptive sampler chooses them by what the model answers; the sigmas are then an example.
+    """
+    sampler = get_sampler(name)
+    args = schedule_args(sampler, karras_sigmas(steps))
+    return evaluation_sigmas(sampler, *args), len(args) != 2
+
+
 @torch.inference_mode()
 def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=None):
     """Sample `num` images, their classes in turn, and return `Samples`.
 
     One seed gives every setting the same initial noise, on any device, and the same noise of the sampler.
-    progress(n) is called after each batch of n images.
+    progress(n) is called after each batch of n images. Raises UserError for an unknown sampler or a bad seed.
     """
+    check_seed(seed)
     denoiser = CFGDenoiser(lab.denoiser, setting.interval)
     device = next(lab.denoiser.parameters()).device
     sample_fn, sigmas = get_sampler(sampler), karras_sigmas(steps, device)

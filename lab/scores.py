@@ -6,6 +6,10 @@ import torch
 
 from ..measure.metrics import frechet_distance, influence_interval
 
+# Raise it with every change, here or in the functions of `measure.metrics` above, that moves a number: a sweep that
+# was begun with another version is then refused, where it would mix both in one table.
+SCORES_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -12,22 +12,21 @@ import importlib
 import itertools
 import json
 import math
-import multiprocessing
-import queue
+import socket
 import sqlite3
 import sys
-from dataclasses import asdict, dataclass, fields
+import threading
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder
-from ..sampler_patch import GuidanceInterval, evaluation_sigmas
-from . import model, plots
-from .sampling import Setting, check_weight, get_sampler, karras_sigmas, sample, schedule_args
-from .scores import Scores, score_samples
+from ..sampler_patch import GuidanceInterval
+from . import model, plots, workers
+from .sampling import Setting, check_seed, check_weight, evaluations, get_sampler, sample
+from .scores import SCORES_VERSION, Scores, score_samples
 
 # ----------------------------------------------------------------------------
 # Cells.
@@ -51,8 +50,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished cell: its Scores, rows per sample and seconds."""
+class Measured:
+    """What a cell gave: its Scores, rows per sample and seconds."""
 
     scores: Scores
     rows: float
@@ -62,15 +61,16 @@ class Result:
 def grid(sigma_los, sigma_his, weights):
     """Every cell of the grid with sigma_lo < sigma_hi, and for comparison CFG everywhere at each weight, and none.
 
-    Raises ValueError when a bound or a weight makes no sense, or no pair of bounds is an interval.
+    Raises UserError when a bound or a weight makes no sense, or no pair of bounds is an interval.
     """
     for weight in weights:
         check_weight(weight)
     for lo, hi in [*itertools.product(sigma_los, [math.inf]), *itertools.product([0.0], sigma_his)]:
-        GuidanceInterval(lo, hi)  # Refuses what is no bound at all.
+        with user_input():
+            GuidanceInterval(lo, hi)  # Refuses what is no bound at all.
     pairs = [(lo, hi) for lo, hi in itertools.product(sigma_los, sigma_his) if lo < hi]
     if not pairs:
-        raise ValueError(f"no sigma_lo of {sigma_los} lies below a sigma_hi of {sigma_his}")
+        raise UserError(f"no sigma_lo of {sigma_los} lies below a sigma_hi of {sigma_his}")
     cells = {Cell(w, lo, hi) for w in weights for lo, hi in [*pairs, (0.0, math.inf)]}
     return sorted(cells | {Cell(1.0, 0.0, math.inf)})
 
@@ -85,13 +85,16 @@ VALUES = [f.name for f in fields(Scores)] + ["rows", "seconds"]
 class Store:
     """The cells that are done, in an SQLite file; `identity` is what all of them have in common.
 
-    Raises ValueError when the file holds a sweep of another identity, or is no such file.
+    The file is this process's alone until `close`, or until it dies. Raises UserError when another process has it, when
+    it cannot be written to, when it holds a sweep of another identity, or when it is no such file.
     """
 
     def __init__(self, path, identity):
-        self.db = sqlite3.connect(path)
-        try:
-            with self.db:
+        self.path, self.identity, self.db = str(path), identity, None
+        with self._told():
+            self.db = sqlite3.connect(path, timeout=2, isolation_level=None)
+            self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            with self._transaction():
                 self.db.execute("CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT)")
                 self.db.execute(
                     f"CREATE TABLE IF NOT EXISTS cell ({', '.join(f'{c} REAL' for c in COLUMNS + VALUES)}, "
@@ -101,29 +104,69 @@ class Store:
                 if not known:
                     rows = [(k, json.dumps(v)) for k, v in identity.items()]
                     self.db.executemany("INSERT INTO identity VALUES (?, ?)", rows)
-        except sqlite3.DatabaseError as e:
-            self.db.close()
-            raise ValueError(f"{str(path)!r} is not a sweep's file ({e}); choose another --out") from e
         differing = [f"{k} {known.get(k)!r}, not {v!r}" for k, v in identity.items() if known and known.get(k) != v]
         if differing:
-            self.db.close()
-            raise ValueError(f"{str(path)!r} holds a sweep with {'; '.join(differing)}: choose another --out")
+            self.close()
+            raise UserError(f"{self.path!r} holds a sweep with {'; '.join(differing)}: choose another --out")
 
-    def add(self, cell, result):
-        values = {**asdict(cell), **asdict(result.scores), "rows": result.rows, "seconds": result.seconds}
-        with self.db:  # One transaction: the cell is there or not.
-            self.db.execute(
-                f"INSERT OR REPLACE INTO cell ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})",
-                list(values.values()),
-            )
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        if self.db is not None:
+            self.db.close()
+
+    def add(self, cells, measured):
+        """Keep what cells gave that all are the same, all or none of them."""
+        rows = [
+            (*astuple(cell), *astuple(measured.scores), measured.rows, measured.seconds) for cell in cells
+        ]  # SQLite has no NaN: it is stored as NULL.
+        with self._told(), self._transaction():
+            self.db.executemany(f"INSERT INTO cell VALUES ({', '.join('?' * len(COLUMNS + VALUES))})", rows)
 
     def results(self):
-        """`{Cell: Result}` of all finished cells."""
+        """`{Cell: Measured}` of all finished cells."""
+        with self._told():
+            table = self.db.execute(f"SELECT {', '.join(COLUMNS + VALUES)} FROM cell").fetchall()
         found = {}
-        for row in self.db.execute(f"SELECT {', '.join(COLUMNS + VALUES)} FROM cell"):
-            cell, (*scores, rows, seconds) = Cell(*row[: len(COLUMNS)]), row[len(COLUMNS) :]
-            found[cell] = Result(Scores(*scores), rows, seconds)
+        for row in table:
+            values = [math.nan if v is None else v for v in row]
+            cell, (*scores, rows, seconds) = Cell(*values[: len(COLUMNS)]), values[len(COLUMNS) :]
+            found[cell] = Measured(Scores(*scores), rows, seconds)
         return found
+
+    @contextlib.contextmanager
+    def _transaction(self):
+        self.db.execute("BEGIN EXCLUSIVE")
+        try:
+            yield
+            self.db.execute("COMMIT")
+        except BaseException:
+            if self.db.in_transaction:  # A full disk has ended it already.
+                self.db.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _told(self):
+        """SQLite's errors, and what to do about them."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, json.JSONDecodeError) as e:
+            self.close()
+            if "locked" in str(e):
+                raise UserError(
+                    f"{self.path!r} is in use by another process, probably a sweep with the same --out: wait for it to "
+                    "end, or choose another --out"
+                ) from e
+            if any(words in str(e) for words in ("full", "I/O", "readonly", "unable to open")):
+                raise UserError(
+                    f"{self.path!r} cannot be written to ({e}): make room or set its permissions and run the command "
+                    "again, which goes on from the last finished cell, or choose another --out"
+                ) from e
+            raise UserError(f"{self.path!r} is not a sweep's file ({e}); choose another --out") from e
 
 
 # ----------------------------------------------------------------------------
@@ -140,27 +183,36 @@ class Job:
     seed: int
     source: str | None = None
 
+    @property
+    def name(self):
+        return "digits" if self.source is None else Path(self.source).stem
+
     def identity(self, lab):
         """What a Store of this job is known by."""
         name = "shipped" if self.source is None else Path(self.source).name
         common = dict(samples=self.samples, sampler=self.sampler, steps=self.steps, seed=self.seed)
-        return dict(**common, model=name, weights=fingerprint(lab))
+        return dict(**common, model=name, **measured_by(lab))
 
 
 def load_lab(source, device):
-    """Return the `model.Lab` of a source: the shipped model for None, a model file, or what a function gives.
+    """Return the `model.Lab` of a source: the shipped digits for None, a model file, or what a function gives.
 
-    source: None, the path of a .safetensors file that `lab/train.py` wrote, or `module:function`, which is
-    called with the device. Raises UserError, with the source, when there is none or it is no lab; what the function
-    itself raises is passed on.
+    source: None, the name of a model that ships (`clips`), the path of a .safetensors file that `lab/train.py` wrote,
+    or `module:function`, which is called with the device. Raises UserError, with the source, when there is none or it
+    is no lab; what the function itself raises is passed on.
     """
     if source is None:
         return model.load(device=device)
+    if source in model.shipped():
+        return model.load(model.shipped()[source], device)
     if source.endswith(".safetensors"):
         return model.load(source, device)
     module, _, function = source.partition(":")
     if not module or not function:
-        raise UserError(f"model must be given as module:function or a .safetensors file, got {source!r}")
+        raise UserError(
+            f"model must be given as module:function, a .safetensors file or one of {', '.join(model.shipped())}, "
+            f"got {source!r}"
+        )
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError) as e:  # A relative name is a TypeError.
@@ -170,82 +222,108 @@ def load_lab(source, device):
     return model.check_lab(make(device), source)
 
 
-def fingerprint(lab):
-    """A hash of the weights that sample and that judge."""
+def measured_by(lab):
+    """What moves the numbers of a cell beside its settings: the weights that sample and judge, and the scores' code."""
     digest = hashlib.sha256()
     for module in (lab.denoiser, lab.classifier):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return dict(weights=digest.hexdigest()[:16], scores=SCORES_VERSION)
 
 
-@functools.cache
-def _evaluations(sampler, steps):
-    sample_fn = get_sampler(sampler)
-    return evaluation_sigmas(sample_fn, *schedule_args(sample_fn, karras_sigmas(steps)))[:-1]
+def decisions(job, cell):
+    """What tells the cell from others: two with equal decisions guide the same steps alike, and give the same."""
+    if cell.weight == 1:
+        return None
+    sigmas, fixed = evaluations(job.sampler, job.steps)
+    if not fixed:
+        return cell
+    guided = tuple(cell.interval.mask(sigmas).tolist())
+    return (cell.weight, guided) if any(guided) else None
 
 
 def rows_per_sample(job, cell):
     """The network rows that a sample of this cell takes (an adaptive sampler takes a few more or less)."""
-    sigmas = _evaluations(job.sampler, job.steps)
+    sigmas, _ = evaluations(job.sampler, job.steps)
     return len(sigmas) + (cell.interval.mask(sigmas).sum().item() if cell.weight != 1 else 0)
 
 
-def measure(lab, job, cell, progress=None):
-    """Sample and score one cell; return its Result."""
+def measure_cell(lab, job, cell, progress=None):
+    """Sample and score one cell; return what it gave."""
     setting = Setting("", cell.weight, cell.interval)
     drawn = sample(lab, setting, job.samples, job.sampler, job.steps, job.seed, progress)
-    return Result(score_samples(lab, drawn.x, drawn.labels), drawn.rows, drawn.seconds)
+    return Measured(score_samples(lab, drawn.x, drawn.labels), drawn.rows, drawn.seconds)
 
 
-def _worker(todo, done, device):
-    """Take cells until there are none; runs in a process of its own, one for each device."""
-    torch.set_num_threads(1)  # The processes share the cores.
-    load = functools.cache(load_lab)
-    for job, cell in iter(todo.get, None):
-        done.put((job, cell, measure(load(job.source, device), job, cell)))
+_one_at_a_time = threading.Lock()  # A Dask worker may have threads; torch's random numbers belong to the process.
 
 
-def _results(todo, devices, progress):
-    """Yield `(job, cell, Result)` as they are done: here on one device, or in a process for each of several."""
-    if len(devices) == 1:
-        load = functools.cache(load_lab)
+def _task(job, cell, identity, device=None, progress=None):
+    """`measure_cell` wherever it may run."""
+    with _one_at_a_time:
+        lab = _lab(job.source, device or workers.device(), identity["weights"], identity["scores"])
+        return measure_cell(lab, job, cell, progress)
+
+
+@functools.lru_cache(maxsize=8)
+def _lab(source, device, weights, scores):
+    """The `Lab` of a source, once in a process; raises UserError unless it measures as the sweep began to."""
+    lab = load_lab(source, device)
+    here, expected = measured_by(lab), dict(weights=weights, scores=scores)
+    if here != expected:
+        raise UserError(
+            f"the worker on {socket.gethostname()} would measure something else: its model {source or 'digits'!r} has "
+            f"{here}, the sweep {expected}; install the same version and copy the same model file to each machine, and "
+            "start the workers again"
+        )
+    return lab
+
+
+def _measured(todo, stores, devices, cluster, progress):
+    """Yield `(job, cell, Measured)` as they are done: here on one device, or wherever the workers are."""
+    if cluster is None and len(devices) == 1:
         for job, cell in todo:
-            lab = load(job.source, devices[0])
-            yield job, cell, measure(lab, job, cell, lambda n, job=job, cell=cell: progress(job, cell, n))
+            identity, batch_done = stores[job].identity, functools.partial(progress, job, cell)
+            yield job, cell, _task(job, cell, identity, devices[0], batch_done)
         return
-    context = multiprocessing.get_context("spawn")
-    tasks, done = context.Queue(), context.Queue()
-    for task in [*todo, *[None] * len(devices)]:
-        tasks.put(task)
-    workers = [context.Process(target=_worker, args=(tasks, done, d), daemon=True) for d in devices]
-    for worker in workers:
-        worker.start()
-    try:
-        for _ in todo:
-            while True:
-                with contextlib.suppress(queue.Empty):
-                    job, cell, result = done.get(timeout=5)
-                    break
-                if any(w.exitcode for w in workers):
-                    raise ChildProcessError("a worker died; the cells that are done are kept, run the command again")
-            progress(job, cell, job.samples)
-            yield job, cell, result
-    finally:
-        for worker in workers:
-            worker.terminate()
+    device = devices[0] if cluster and devices else None
+    tasks = {
+        (job, cell): (
+            (f"{job.name} {job.sampler} {job.steps} steps", f"w={cell.weight:g} {cell.interval}"),
+            _task, job, cell, stores[job].identity, device,
+        )
+        for job, cell in todo
+    }  # fmt: skip
+    for (job, cell), measured in workers.run(tasks, devices, cluster):
+        progress(job, cell, job.samples)
+        yield job, cell, measured
 
 
-def complete(stores, cells, devices=("cpu",)):
-    """Measure the cells that their stores do not hold yet; return `{job: {Cell: Result}}` of all of them.
+def complete(stores, cells, devices=("cpu",), cluster=None):
+    """Measure the cells that their stores do not hold yet; return `{job: {Cell: Measured}}` of all of them.
 
-    stores: `{job: Store}`; cells: `{job: [Cell]}`. A progress bar on stderr tells the time that is left.
+    stores: `{job: Store}`; cells: `{job: [Cell]}`; devices, cluster: see `workers.run`. Cells of equal `decisions`
+    are measured once. A progress bar on stderr tells the time that is left.
     """
     held = {job: store.results() for job, store in stores.items()}
-    todo = [(job, cell) for job in cells for cell in cells[job] if cell not in held[job]]
     total = sum(map(len, cells.values()))
-    if len(todo) < total:
-        print(f"{total - len(todo)} of {total} cells are done already", file=sys.stderr)
+    done = sum(cell in held[job] for job in cells for cell in cells[job])
+    if done:
+        print(f"{done} of {total} cells are done already", file=sys.stderr)
+    alike = {}  # {(job, decisions): the cells to be measured as one}
+    for job in cells:
+        known = {decisions(job, cell): cell for cell in held[job]}
+        for cell in cells[job]:
+            if cell not in held[job]:
+                same = decisions(job, cell)
+                if same in known:
+                    measured = held[job][cell] = held[job][known[same]]
+                    stores[job].add([cell], measured)
+                else:
+                    alike.setdefault((job, same), []).append(cell)
+    _tell_alike(cells)
+    done = total - sum(map(len, alike.values()))
+    todo = {(job, same[0]): same for (job, _), same in alike.items()}
     work = sum(job.samples * rows_per_sample(job, cell) for job, cell in todo)
     with tqdm(total=work, unit="row", unit_scale=True, mininterval=0.5) as bar:
 
@@ -253,25 +331,50 @@ def complete(stores, cells, devices=("cpu",)):
             bar.set_description(f"{job.sampler} w={cell.weight:g} {cell.interval}", refresh=False)
             bar.update(images * rows_per_sample(job, cell))
 
-        for count, (job, cell, result) in enumerate(_results(todo, devices, progress), total - len(todo) + 1):
-            stores[job].add(cell, result)
-            held[job][cell] = result
-            bar.set_postfix_str(f"{count} of {total} cells")
+        with contextlib.closing(_measured(todo, stores, devices, cluster, progress)) as found:
+            for job, cell, measured in found:
+                stores[job].add(todo[job, cell], measured)
+                held[job] |= dict.fromkeys(todo[job, cell], measured)
+                done += len(todo[job, cell])
+                bar.set_postfix_str(f"{done} of {total} cells")
     return {job: {cell: held[job][cell] for cell in sorted(cells[job])} for job in cells}
 
 
-def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devices=("cpu",), source=None):
-    """Measure what is not done yet of a grid, print the table and write the pictures; return `{Cell: Result}`.
+def _tell_alike(cells):
+    """Say which intervals guide no step, and how many cells take the numbers of another."""
+    total = sum(map(len, cells.values()))
+    repeated = total - len({(job, decisions(job, cell)) for job in cells for cell in cells[job]})
+    for job in cells:
+        idle = {cell.interval for cell in cells[job] if cell.weight != 1 and decisions(job, cell) is None}
+        if idle:
+            sigmas, _ = evaluations(job.sampler, job.steps)
+            some = ", ".join(map(str, sorted(idle, key=str)[:5])) + (", ..." if len(idle) > 5 else "")
+            print(
+                f"no step lies in {some}: {job.sampler} with {job.steps} steps goes from sigma {sigmas.max():.4g} to "
+                f"{sigmas.min():.4g}; the numbers there are those without guidance",
+                file=sys.stderr,
+            )
+    if repeated:
+        print(f"{repeated} of {total} cells guide the same steps as another one: measured once", file=sys.stderr)
 
-    Raises ValueError or OSError, as `lab.demo.run` does, before anything is sampled.
+
+def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devices=None, source=None, cluster=None):
+    """Measure what is not done yet of a grid, print the table and write the pictures; return `{Cell: Measured}`.
+
+    devices: the CPU if none are given; several share the cells. cluster: the address of a Dask scheduler, whose workers
+    share them. Raises UserError, before anything is sampled if it can be known.
     """
     cells = grid(sigma_los, sigma_his, weights)
     get_sampler(sampler)
+    check_seed(seed)
+    workers.check(devices, cluster)
+    devices = devices or ([] if cluster else ["cpu"])
     out = output_folder(out)
     job = Job(samples, sampler, steps, seed, source)
-    store = Store(out / "sweep.sqlite", job.identity(load_lab(source, devices[0])))
-    results = complete({job: store}, {job: cells}, devices)[job]
-    write(out, results)
+    lab = load_lab(source, "cpu" if cluster else devices[0])
+    with Store(out / "sweep.sqlite", job.identity(lab)) as store:
+        results = complete({job: store}, {job: cells}, devices, cluster)[job]
+        write(out, results)
     return results
 
 
@@ -298,7 +401,8 @@ def table(results):
         fd = f"{1000 * s.fd:.2f} [{1000 * s.fd_low:.2f}, {1000 * s.fd_high:.2f}]"
         star = "*" if cell in best else ""
         cost = f"{results[cell].rows:.1f}"
-        body.append([where, f"{cell.weight:g}", fd, f"{s.accuracy:.1%}", f"{s.variety:.3f}", cost, star])
+        variety = "n/a" if math.isnan(s.variety) else f"{s.variety:.3f}"  # A class has fewer than two samples.
+        body.append([where, f"{cell.weight:g}", fd, f"{s.accuracy:.1%}", variety, cost, star])
     head = ["interval", "weight", "1000 FD [95 % interval]", "accuracy", "variety", "rows", "frontier"]
     return aligned(head, body)
 

@@ -149,6 +149,34 @@ def test_the_same_seed_gives_the_same_images_and_another_does_not(lab):
     assert not torch.equal(a.x, c.x)
 
 
+def test_each_batch_of_each_seed_has_noise_of_its_own(lab, monkeypatch):
+    """A batch that repeats the one before, or another seed's, would count as variety that is not there."""
+    monkeypatch.setattr(sampling, "BATCH", 10)
+    setting = sampling.Setting("none", 1.0)
+    runs = [sampling.sample(lab, setting, 40, "euler_ancestral", 3, seed).x for seed in (0, 1, 10)]
+    assert torch.pdist(torch.cat(runs).flatten(1)).min() > 1
+    assert torch.equal(sampling.sample(lab, setting, 20, "euler_ancestral", 3, 0).x, runs[0][:20])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+def test_a_seed_out_of_range_is_refused_before_any_work(lab, seed):
+    with pytest.raises(UserError, match=f"seed must be a whole number from 0 to 4294967295, got {seed}"):
+        sampling.sample(lab, sampling.Setting("none", 1.0), 20, "euler", 2, seed)
+    assert len(sampling.sample(lab, sampling.Setting("none", 1.0), 2, "euler", 2, sampling.MAX_SEED).x) == 2
+
+
+def test_evaluations_are_those_of_the_run(lab):
+    seen = []
+    record = lab.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[1][0].item()))
+    for name in ("heun", "dpm_2", "dpm_fast", "dpmpp_2m"):
+        del seen[:]
+        sampling.sample(lab, sampling.Setting("none", 1.0), 2, name, 5)
+        sigmas, fixed = sampling.evaluations(name, 5)
+        assert fixed and seen == pytest.approx(sigmas.tolist(), rel=1e-5)
+    record.remove()
+    assert not sampling.evaluations("dpm_adaptive", 5)[1]
+
+
 def test_sampling_leaves_the_random_state_alone(lab):
     state = torch.random.get_rng_state()
     sampling.sample(lab, sampling.Setting("none", 1.0), 20, "euler_ancestral", 4)

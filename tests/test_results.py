@@ -7,6 +7,7 @@ import pytest
 import torch
 from guidance_interval import cli
 from guidance_interval.lab import results, sampling, sweep
+from guidance_interval.lab.scores import Scores
 from PIL import Image
 
 
@@ -31,7 +32,7 @@ def test_the_page_shows_every_figure_with_its_command(quick):
 
 def test_a_second_run_measures_nothing_and_writes_the_same_page(quick, monkeypatch):
     before = (quick / "results.md").read_text()
-    monkeypatch.setattr(sweep, "measure", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(sweep, "measure_cell", lambda *_, **__: pytest.fail("measured again"))
     cli.main(["results", "--quick", "--out", str(quick), "--device", "cpu"])
     assert (quick / "results.md").read_text() == before
 
@@ -44,11 +45,27 @@ def test_one_figure_alone_prints_what_the_page_says_of_it(quick, capsys):
 def test_the_numbers_of_the_page_are_those_of_the_cells(quick):
     with pytest.raises(ValueError, match="holds a sweep with"):
         sweep.Store(quick / "digits-dpmpp_2m-16.sqlite", {"samples": 7})
-    held = sweep.Store(quick / "digits-dpmpp_2m-16.sqlite", {}).results()
+    with sweep.Store(quick / "digits-dpmpp_2m-16.sqlite", {}) as store:
+        held = store.results()
     cell = held[sweep.Cell(4.0, 0.1, 2.5)].scores
     text = (quick / "results.md").read_text()
     line = next(x for x in text.splitlines() if x.startswith("| interval (0.1, 2.5] | "))
     assert line.endswith(f"{1000 * cell.fd:.2f}, {cell.accuracy:.1%} |")
+
+
+def test_a_figure_of_the_heatmap_is_stated_only_of_bounds_that_were_measured(quick, tmp_path):
+    assert 0.1 not in results.QUICK.sigma_los and "raising `sigma_lo`" not in (quick / "results.md").read_text()
+    scale = results.Scale(samples=20, heat_weights=(2.0,), sigma_los=(0.0, 0.05, 0.25), sigma_his=(1.0, 2.5))
+    fd = {(0.0, 1.0): 1.0, (0.05, 1.0): 1.02, (0.25, 1.0): 1.5, (0.0, 2.5): 2.0, (0.05, 2.5): 2.1, (0.25, 2.5): 3.0}
+    cells = sweep.grid(scale.sigma_los, scale.sigma_his, scale.heat_weights)
+    measured = {
+        c: sweep.Measured(Scores(*[fd.get((c.sigma_lo, c.sigma_hi), 9.0) / 1000] * 3, 0.9, 1.0), 20.0, 1.0)
+        for c in cells
+    }
+    text = results.draw_heatmap(scale, {results.main_job(scale): measured}, tmp_path)
+    assert (
+        "raising `sigma_lo` from 0 up to 0.05 moves it by 5.0% at most (`sigma_hi` of 1 or more). Lowest: 1.00" in text
+    )
 
 
 def test_the_thirds_are_all_steps_and_each_once():

@@ -3,13 +3,15 @@
 import math
 import multiprocessing
 import random
+import re
 import sqlite3
 
 import pytest
 import torch
 from guidance_interval import cli
-from guidance_interval.lab import model, sweep
-from guidance_interval.lab.scores import Scores
+from guidance_interval.errors import UserError
+from guidance_interval.lab import model, sampling, sweep
+from guidance_interval.lab.scores import SCORES_VERSION, Scores
 from PIL import Image
 
 ARGS = dict(sigma_los=[0.0, 0.1], sigma_his=[2.5, math.inf], weights=[1.5, 2.0, 4.0], samples=20, sampler="euler")
@@ -19,11 +21,6 @@ ARGS |= dict(steps=5, seed=0)
 def child(folder):
     torch.set_num_threads(1)
     sweep.run(folder, **ARGS)
-
-
-def numbers(results):
-    """Everything but the seconds."""
-    return {cell: (r.scores, r.rows) for cell, r in results.items()}
 
 
 def stored(folder):
@@ -76,20 +73,12 @@ def test_ten_kills_lose_no_finished_cell_and_end_with_the_same_table(whole, tmp_
 
 def test_a_finished_sweep_measures_nothing_and_draws_again(whole, monkeypatch, capsys):
     folder, _ = whole
-    monkeypatch.setattr(sweep, "measure", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(sweep, "measure_cell", lambda *_, **__: pytest.fail("measured again"))
     results = sweep.run(folder, **ARGS)
     assert len(results) == 13 and "13 of 13 cells are done already" in capsys.readouterr().err
     for name in ("heatmaps.png", "frontier.png"):
         with Image.open(folder / name) as image:
             assert image.width > 600
-
-
-def test_several_devices_share_the_cells(whole, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shared = sweep.run(tmp_path, **{**ARGS, "weights": [1.5]}, devices=("cpu", "cpu"))
-    expected, _ = whole
-    alone = {c: r for c, r in sweep.Store(expected / "sweep.sqlite", {}).results().items() if c in shared}
-    assert numbers(shared) == numbers(alone) and len(shared) == 5
 
 
 def test_the_grid_holds_cfg_everywhere_and_no_guidance():
@@ -102,7 +91,7 @@ def test_the_grid_holds_cfg_everywhere_and_no_guidance():
 
 def test_the_frontier_is_what_nothing_beats():
     def result(accuracy, fd):
-        return sweep.Result(Scores(fd, fd, fd, accuracy, 1.0), 20.0, 1.0)
+        return sweep.Measured(Scores(fd, fd, fd, accuracy, 1.0), 20.0, 1.0)
 
     a, b, c, d = (sweep.Cell(2.0, 0.1, hi) for hi in (1.0, 2.0, 3.0, 4.0))
     results = {a: result(0.9, 1.0), b: result(0.95, 1.5), c: result(0.94, 1.6), d: result(0.99, 4.0)}
@@ -116,7 +105,8 @@ def test_the_frontier_is_what_nothing_beats():
         (["--sigma-lo", "3", "--sigma-hi", "2"], "no sigma_lo of [3.0] lies below a sigma_hi of [2.0]"),
         (["--sigma-lo", "-1"], "sigma_lo must not be negative, got -1.0"),
         (["--sampler", "eular"], "unknown sampler 'eular'"),
-        (["--model", "nowhere"], "model must be given as module:function or a .safetensors file, got 'nowhere'"),
+        (["--model", "nowhere"], "model must be given as module:function, a .safetensors file or one of clips, "),
+        (["--cluster", "a:1", "--device", "cpu", "cpu"], "--cluster takes one --device for all its workers, or none"),
         (["--model", "nowhere.safetensors"], "model file 'nowhere.safetensors' does not exist"),
         (["--model", "nowhere:load"], "model 'nowhere:load' cannot be loaded (No module named 'nowhere')"),
     ],
@@ -128,12 +118,34 @@ def test_bad_arguments_are_told_in_one_line(tmp_path, capsys, args, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_another_sweep_is_refused(whole, capsys):
+# ----------------------------------------------------------------------------
+# The file.
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (dict(samples=30), "samples 20, not 30"),
+        (dict(sampler="heun"), "sampler 'euler', not 'heun'"),
+        (dict(steps=6), "steps 5, not 6"),
+        (dict(seed=1), "seed 0, not 1"),
+        (dict(source="digits-seed1"), "model 'shipped', not 'digits-seed1'; weights '"),
+    ],
+)
+def test_a_folder_of_another_sweep_is_refused(whole, other, says):
     folder, _ = whole
     before = (folder / "sweep.sqlite").read_bytes()
-    assert cli.main(["sweep", "--out", str(folder), "--samples", "20", "--sampler", "euler", "--steps", "6"]) == 2
-    assert "holds a sweep with steps 5, not 6: choose another --out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"holds a sweep with {re.escape(says)}.*: choose another --out"):
+        sweep.run(folder, **{**ARGS, **other})
     assert (folder / "sweep.sqlite").read_bytes() == before
+
+
+def test_scores_of_another_version_are_not_mixed(whole, monkeypatch, capsys):
+    folder, _ = whole
+    monkeypatch.setattr(sweep, "SCORES_VERSION", 99)
+    args = ["--samples", "20", "--sampler", "euler", "--steps", "5"]
+    assert cli.main(["sweep", "--out", str(folder), *args]) == 2
+    assert "holds a sweep with scores 1, not 99: choose another --out" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
@@ -142,10 +154,114 @@ def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):
     assert "is not a sweep's file" in capsys.readouterr().err
 
 
+def test_a_folder_that_another_process_uses_is_refused_and_free_again_after_it(tmp_path, capsys):
+    args = ["sweep", "--out", str(tmp_path), "--samples", "20", "--sampler", "euler", "--steps", "5"]
+    with sweep.Store(tmp_path / "sweep.sqlite", {}) as store:
+        assert cli.main(args) == 2
+        assert "sweep.sqlite' is in use by another process, probably a sweep with" in capsys.readouterr().err
+        store.add([sweep.Cell(2.0, 0.1, 2.5)], sweep.Measured(Scores(1, 1, 1, 1, 1), 1, 1))
+    with sweep.Store(tmp_path / "sweep.sqlite", {}) as store:
+        assert len(store.results()) == 1
+
+
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path):
+    measured, added = sweep.Measured(Scores(1.0, 1.0, 1.0, 1.0, 1.0), 1.0, 1.0), 0
+    store = sweep.Store(tmp_path / "sweep.sqlite", {})
+    store.db.execute("PRAGMA max_page_count = 10")  # SQLite's own "database or disk is full".
+    with pytest.raises(UserError, match=r"sweep\.sqlite' cannot be written to \(database or disk is full\): make room"):
+        for added in range(10_000):
+            store.add([sweep.Cell(2.0, 0.0, 1.0 + added)], measured)
+    with sweep.Store(tmp_path / "sweep.sqlite", {}) as store:
+        assert len(store.results()) == added > 10
+
+
+def test_a_folder_in_the_file_s_place_is_told(tmp_path, capsys):
+    (tmp_path / "sweep.sqlite").mkdir()
+    assert cli.main(["sweep", "--out", str(tmp_path), "--samples", "20"]) == 2
+    assert "sweep.sqlite' cannot be written to (unable to open database file)" in capsys.readouterr().err
+
+
+def test_a_variety_that_is_not_defined_stays_so(tmp_path):
+    """One sample of each class has no distance to another; SQLite knows no NaN."""
+    args = dict(ARGS, samples=10, sigma_los=[0.1], sigma_his=[2.5], weights=[2.0], steps=2)
+    measured = sweep.run(tmp_path, **args)
+    text = (tmp_path / "sweep.md").read_text()
+    assert all(math.isnan(r.scores.variety) and r.scores.fd > 0 for r in measured.values()) and text.count("n/a") == 3
+    again = sweep.run(tmp_path, **args)
+    assert [math.isnan(r.scores.variety) for r in again.values()] == [True] * 3
+    assert (tmp_path / "sweep.md").read_text() == text
+
+
+# ----------------------------------------------------------------------------
+# Cells that are the same.
+
+
+def counted(monkeypatch):
+    """The cells that are measured from here on."""
+    seen, measure = [], sweep.measure_cell
+    monkeypatch.setattr(
+        sweep, "measure_cell", lambda lab, job, cell, *a: [seen.append(cell), measure(lab, job, cell, *a)][1]
+    )
+    return seen
+
+
+def test_intervals_above_the_schedule_are_told_and_not_measured(tmp_path, monkeypatch, capsys):
+    seen = counted(monkeypatch)
+    args = dict(ARGS, sigma_los=[50.0], sigma_his=[60.0, 80.0], weights=[2.0, 4.0], steps=2)
+    results = sweep.run(tmp_path, **args)
+    error = capsys.readouterr().err
+    assert "no step lies in (50, 60], (50, 80]: euler with 2 steps goes from sigma 40 to 0.01" in error
+    assert "4 of 7 cells guide the same steps as another one: measured once" in error
+    assert len(results) == 7 and len(seen) == 3
+    none = results[sweep.Cell(1.0, 0.0, math.inf)]
+    assert {results[c] for c in results if not c.everywhere} == {none}
+    assert results[sweep.Cell(2.0, 0.0, math.inf)] != none
+
+
+def test_cells_that_guide_the_same_steps_are_measured_once_and_are_the_same(tmp_path, monkeypatch):
+    seen = counted(monkeypatch)
+    sigmas, _ = sampling.evaluations("euler", 5)
+    between = float(sigmas[1] + sigmas[2]) / 2
+    args = dict(ARGS, sigma_los=[0.0], sigma_his=[between, between * 1.01], weights=[2.0])
+    first, second = (sweep.Cell(2.0, 0.0, hi) for hi in args["sigma_his"])
+    results = sweep.run(tmp_path, **args)
+    assert results[first] == results[second] and {first, second} & {*seen} == {first}
+    job = sweep.Job(20, "euler", 5, 0)
+    alone = sweep.measure_cell(model.load(), job, second)
+    assert (alone.scores, alone.rows) == (results[second].scores, results[second].rows)
+    del seen[:]
+    third = sweep.Cell(2.0, 0.0, between * 1.02)  # Later, from the file.
+    assert sweep.run(tmp_path, **{**args, "sigma_his": [between * 1.02]})[third] == results[first] and not seen
+
+
+def test_an_adaptive_sampler_s_cells_are_never_taken_for_one():
+    job = sweep.Job(20, "dpm_adaptive", 5, 0)
+    a, b = sweep.Cell(2.0, 0.1, 2.5), sweep.Cell(2.0, 0.1, 2.5001)
+    assert sweep.decisions(job, a) != sweep.decisions(job, b)
+    fixed = sweep.Job(20, "dpm_fast", 5, 0)
+    assert sweep.decisions(fixed, a) == sweep.decisions(fixed, b) != sweep.decisions(fixed, sweep.Cell(3.0, 0.1, 2.5))
+
+
+# ----------------------------------------------------------------------------
+# The model.
+
+
 def test_a_model_of_one_s_own(tmp_path, monkeypatch):
     (tmp_path / "my_model.py").write_text(
         "from guidance_interval.lab import model\nload = lambda d: model.load(device=d)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     lab = sweep.load_lab("my_model:load", "cpu")
-    assert sweep.fingerprint(lab) == sweep.fingerprint(model.load())
+    assert sweep.measured_by(lab) == sweep.measured_by(model.load())
+
+
+def test_the_models_that_ship_have_names():
+    clips = sweep.load_lab("clips", "cpu")
+    assert clips.config["image_channels"] == 6
+    with pytest.raises(UserError, match=r"a \.safetensors file or one of clips, .*, optdigits, got 'clip'"):
+        sweep.load_lab("clip", "cpu")
+
+
+def test_a_worker_with_another_model_is_refused():
+    with pytest.raises(UserError, match=r"the worker on .* would measure something else: its model 'digits' has"):
+        sweep._lab(None, "cpu", "0123456789abcdef", SCORES_VERSION)
