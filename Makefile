@@ -27,7 +27,7 @@ bench: $(VENV)/for-tests
 
 # On a GPU if there is one; ARGS="--device cpu --steps 3000" and the like are handed on.
 train: $(VENV)/for-lab
-	$(RUN) -m guidance_interval.lab.train $(ARGS)
+	$(RUN) -m guidance_interval train $(ARGS)
 
 $(VENV)/for-lab: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,8 @@
-"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure`, `train` and `info`."""
 
 import argparse
+import contextlib
+import errno
 import math
 import os
 import sys
@@ -8,79 +10,166 @@ import sys
 import torch
 
 from . import __version__, noise_level
+from .errors import UserError, user_input
+from .lab.data import DATA
 from .presets import PRESETS
 from .sampler_patch import GuidanceInterval
 
+# What the machine refuses, wherever it shows: a full disk and the like.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+MAX_SAMPLES = 100_000  # Variety compares all pairs of a class.
+MAX_STEPS = 10_000
+MAX_SEED = 2**32 - 1
+
 
 def main(argv=None):
-    """Run the command; return its exit code: 0, or 2 after an error told in one line on stderr."""
+    """Run the command; return its exit code: 0, 2 after an error told in one line on stderr, 130 after Ctrl-C.
+
+    Only errors that a person can put right are told so; any other exception is a bug and passes.
+    """
+    if sys.stderr is None:  # Closed by the caller; progress bars write there.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     args = parser().parse_args(argv)
     try:
-        return args.run(args) or 0
-    except BrokenPipeError:  # `guidance-interval info | head`: the reader has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError) as e:
-        print(f"guidance-interval: error: {e}", file=sys.stderr)
-        return 2
-    except ImportError as e:
+        code = args.run(args) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except UserError as e:
+        return _error(e)
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] == __package__:
+            raise
         extra = getattr(args, "extra", "lab")
-        print(
-            f"guidance-interval: error: {e}; install it with: pip install 'guidance-interval[{extra}]'", file=sys.stderr
-        )
-        return 2
-    return 0
+        return _error(f"{e}; in the folder of this repository, run: pip install -e '.[{extra}]'")
+    except OSError as e:
+        if broken := _stdout_error():
+            if isinstance(broken, BrokenPipeError):  # `guidance-interval info | head`: the reader has seen enough.
+                return 0
+            return _error(f"standard output cannot be written to ({broken.strerror})")
+        if e.errno not in MACHINE:
+            raise
+        return _error(e)
+    except KeyboardInterrupt:
+        print(f"\nguidance-interval: interrupted; {args.interrupted}", file=sys.stderr)
+        return 130
+
+
+def _error(text):
+    print(f"guidance-interval: error: {text}", file=sys.stderr)
+    return 2
+
+
+def _stdout_error():
+    """The OSError of a standard output that takes no more, or None."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else the interpreter complains at its end.
+        return e
+
+
+# ----------------------------------------------------------------------------
+# Arguments.
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+class _Once(argparse.Action):
+    """An option that is given twice is an error: the first value would be lost without a word."""
+
+    given = False
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.given:
+            raise argparse.ArgumentError(self, "given twice" + ("; list its values after one" if self.nargs else ""))
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options are spelled out, and given once."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def add_argument(self, *names, **kwargs):
+        return super().add_argument(*names, **{"action": _Once, **kwargs})
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="guidance-interval", description=__doc__.split(": ")[0])
+    p = _Parser(
+        prog="guidance-interval", description="Guidance in a limited interval of noise levels, shown and measured."
+    )
     p.add_argument("--version", action="version", version=__version__)
     commands = p.add_subparsers(required=True, metavar="command")
+    again = "what is done is kept, run the same command to go on"
 
     demo = commands.add_parser(
-        "demo",
-        help="sample the model that ships without guidance, with CFG and with an interval, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "demo", help="sample the model that ships without guidance, with CFG and with an interval, and compare"
     )
-    demo.add_argument("--out", default="out/demo", help="folder for the pictures and report.json")
+    demo.add_argument("--out", type=path, default="out/demo", help="folder for the pictures and report.json")
     _sampling_arguments(demo, samples=1000)
     demo.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     demo.add_argument("--weight", type=float, default=6.0, help="guidance weight in the interval")
     demo.add_argument("--sigma-lo", type=float, default=0.1, help="guidance begins above this noise level")
     demo.add_argument("--sigma-hi", type=float, default=2.5, help="guidance ends at this noise level (inf: open)")
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run=run_demo, interrupted="nothing is written")
 
     sweep = commands.add_parser(
         "sweep",
         help="measure a grid of intervals and weights; goes on where it was stopped",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="docs/command-line.md says what the function of --model returns.",
     )
-    sweep.add_argument("--out", default="out/sweep", help="folder for the cells, the table and the pictures")
+    sweep.add_argument("--out", type=path, default="out/sweep", help="folder for the cells, the table and the pictures")
     _sampling_arguments(sweep, samples=500)
     sweep.add_argument("--device", type=device, nargs="+", default=["cpu"], help="one, or several to share the cells")
     sweep.add_argument("--weight", type=float, nargs="+", default=[1.5, 2.0, 4.0], help="guidance weights")
     sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="lower bounds")
     sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
-    sweep.add_argument("--model", help="your own: a file of lab/train.py, or module:function(device) -> lab.model.Lab")
-    sweep.set_defaults(run=run_sweep)
+    sweep.add_argument(
+        "--model",
+        type=path,
+        help="a .safetensors file that `train` wrote, or module:function, called with a device, for a lab of your own",
+    )
+    sweep.set_defaults(run=run_sweep, interrupted=again)
 
     results = commands.add_parser(
         "results", help="every figure and number of docs/results.md; goes on where it was stopped"
     )
     results.add_argument("--quick", action="store_true", help="few samples, to see that it works")
     results.add_argument("--only", nargs="+", metavar="FIGURE", help="draw and print these, and leave the page alone")
-    results.add_argument("--out", help="folder of the cells (default: out/results, or out/results-quick)")
-    results.add_argument("--page", help="the page to write, its pictures beside it in results/ (default: "
-                         "docs/results.md, or results.md in --out for --quick)")  # fmt: skip
-    results.add_argument("--device", type=device, nargs="+", help="several, or one several times, share the cells")
-    results.set_defaults(run=run_results)
+    results.add_argument("--out", type=path, help="folder of the cells (default: out/results, or out/results-quick)")
+    results.add_argument(
+        "--page",
+        type=path,
+        help="the page to write, its pictures beside it in results/ (default: docs/results.md, or results.md in --out "
+        "for --quick)",
+    )
+    results.add_argument(
+        "--device",
+        type=device,
+        nargs="+",
+        help="several, or one several times, share the cells (default: GPU or cpu)",
+    )
+    results.set_defaults(run=run_results, interrupted=again)
 
     measure = commands.add_parser(
         "measure",
         help="compare folders of images with a reference: distances, fidelity, variety, adherence, saturation",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    measure.add_argument("--images", nargs="+", required=True, metavar="DIR", help="folders to measure, a row for each")
-    measure.add_argument("--reference", required=True, metavar="DIR", help="folder of the images to compare with")
+    measure.add_argument(
+        "--images", type=path, nargs="+", required=True, metavar="DIR", help="folders to measure, a row for each"
+    )
+    measure.add_argument(
+        "--reference", type=path, required=True, metavar="DIR", help="folder of the images to compare with"
+    )
     measure.add_argument(
         "--features",
         nargs="+",
@@ -88,18 +177,36 @@ def parser():
         metavar="NAME[=PATH]",
         help="digits, inception, dinov2 or clip; PATH: weights that are not where their library keeps them",
     )
-    measure.add_argument("--prompts", metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image")
-    measure.add_argument("--out", default="out/measure", help="folder for report.json and the picture")
-    measure.add_argument("--cache", metavar="DIR", help="folder for what is computed, if not beside each DIR")
-    measure.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    measure.set_defaults(run=run_measure, extra="measure")
-
-    info = commands.add_parser(
-        "info",
-        help="the published intervals, and which steps of a schedule each would guide",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    measure.add_argument(
+        "--prompts", type=path, metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image"
     )
-    info.add_argument("--steps", type=count(2), default=20, help="sampling steps")
+    measure.add_argument("--out", type=path, default="out/measure", help="folder for report.json and the picture")
+    measure.add_argument(
+        "--cache", type=path, metavar="DIR", help="folder for what is computed, if not beside each DIR"
+    )
+    measure.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    measure.set_defaults(
+        run=run_measure, extra="measure", interrupted="what is computed is kept, run the command again"
+    )
+
+    train = commands.add_parser("train", help="train a model like those that ship, for `sweep --model`")
+    train.add_argument("--data", choices=DATA, default="digits", help="what it learns")
+    train.add_argument("--out", type=path, help="the file to write (default: out/train/DATA.safetensors)")
+    train.add_argument("--device", type=device, help="cpu, cuda, ... (default: the GPU, or cpu)")
+    train.add_argument("--steps", type=count(1, 10_000_000), default=30_000, help="batches for the denoiser")
+    train.add_argument("--batch", type=count(1, 100_000), default=512, help="images in each")
+    train.add_argument("--lr", type=positive, default=1e-3, help="learning rate of the denoiser")
+    train.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="of the denoiser; the classifier's is fixed")
+    train.add_argument(
+        "--classifier-steps", type=count(1, 10_000_000), default=3_000, help="batches for the classifier"
+    )
+    train.add_argument(
+        "--classifier", type=path, help="a model file whose classifier is taken: the distances of both compare then"
+    )
+    train.set_defaults(run=run_train, interrupted="nothing is written")
+
+    info = commands.add_parser("info", help="the published intervals, and which steps of a schedule each would guide")
+    info.add_argument("--steps", type=count(2, MAX_STEPS), default=20, help="sampling steps")
     info.add_argument(
         "--scheduler", choices=sorted(noise_level.SCHEDULES), default="karras", help="the schedule's form"
     )
@@ -107,38 +214,57 @@ def parser():
     info.add_argument("--sigma-max", type=float, default=14.6146, help="the schedule's first noise level")
     info.add_argument("--sigma-lo", type=float, help="an interval of your own, with --sigma-hi")
     info.add_argument("--sigma-hi", type=float, help="an interval of your own, with --sigma-lo")
-    info.set_defaults(run=run_info)
+    info.set_defaults(run=run_info, interrupted="nothing is written")
     return p
 
 
 def _sampling_arguments(command, samples):
-    command.add_argument("--samples", type=count(20), default=samples, help="images per setting")
+    command.add_argument("--samples", type=count(20, MAX_SAMPLES), default=samples, help="images per setting")
     command.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
-    command.add_argument("--steps", type=count(2), default=16, help="sampling steps")
-    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers")
+    command.add_argument("--steps", type=count(2, MAX_STEPS), default=16, help="sampling steps")
+    command.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="the same seed gives the same numbers")
 
 
-def count(at_least):
-    """An argparse type: a whole number, not below a bound."""
+def count(low, high):
+    """An argparse type: a whole number between two bounds."""
 
     def parse(text):
         try:
             value = int(text)
         except ValueError:
-            value = -math.inf
-        if value < at_least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return value
 
     return parse
 
 
-def device(text):
-    """An argparse type: a torch device that this machine has."""
+def positive(text):
+    """An argparse type: a finite number above 0."""
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as e:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({str(e).splitlines()[0]}); try cpu") from e
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def path(text):
+    """An argparse type: a path, or another name that must not be empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def device(text):
+    """An argparse type: a torch device that this machine has, and that holds data."""
+    try:
+        torch.ones(1, device=text).item()
+    except Exception as e:  # Of as many kinds as there are devices.
+        reason = "it holds no data" if text.startswith("meta") else str(e).splitlines()[0].partition(". ")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}); try cpu") from e
     return text
 
 
@@ -165,31 +291,33 @@ def run_demo(args):
 def run_sweep(args):
     from .lab import sweep
 
-    sweep.run(
-        out=args.out,
-        sigma_los=args.sigma_lo,
-        sigma_his=args.sigma_hi,
-        weights=args.weight,
-        samples=args.samples,
-        sampler=args.sampler,
-        steps=args.steps,
-        seed=args.seed,
-        devices=args.device,
-        source=args.model,
-    )
+    with _until_they_raise_user_errors():
+        sweep.run(
+            out=args.out,
+            sigma_los=args.sigma_lo,
+            sigma_his=args.sigma_hi,
+            weights=args.weight,
+            samples=args.samples,
+            sampler=args.sampler,
+            steps=args.steps,
+            seed=args.seed,
+            devices=args.device,
+            source=args.model,
+        )
 
 
 def run_results(args):
     from .lab import results
 
-    results.run(quick=args.quick, only=args.only, out=args.out, page_path=args.page, devices=args.device)
+    with _until_they_raise_user_errors():
+        results.run(quick=args.quick, only=args.only, out=args.out, page_path=args.page, devices=args.device)
 
 
 def run_measure(args):
     from .lab import judge
     from .measure import features, report
 
-    try:
+    with _until_they_raise_user_errors():
         report.run(
             images=args.images,
             reference=args.reference,
@@ -198,33 +326,54 @@ def run_measure(args):
             out=args.out,
             cache=args.cache,
         )
-    except KeyboardInterrupt:
-        print("guidance-interval: interrupted; what is computed is kept, run the command again", file=sys.stderr)
-        return 130
+
+
+@contextlib.contextmanager
+def _until_they_raise_user_errors():
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as e:
+        raise e if isinstance(e, BrokenPipeError) else UserError(str(e)) from e
+    except ImportError as e:
+        raise ModuleNotFoundError(str(e)) from e
+
+
+def run_train(args):
+    from .lab import train
+
+    train.run(
+        data_name=args.data,
+        out=args.out or f"out/train/{args.data}.safetensors",
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+        classifier_steps=args.classifier_steps,
+        donor=args.classifier,
+    )
 
 
 def run_info(args):
-    sigmas = noise_level.schedule(args.scheduler, args.steps, args.sigma_min, args.sigma_max)
-    intervals = [(p.name, p.interval(), p) for p in PRESETS.values()]
-    if (args.sigma_lo, args.sigma_hi) != (None, None):
-        lo = 0.0 if args.sigma_lo is None else args.sigma_lo
-        hi = math.inf if args.sigma_hi is None else args.sigma_hi
-        intervals = [("yours", GuidanceInterval(lo, hi), None)]
+    with user_input():
+        sigmas = noise_level.schedule(args.scheduler, args.steps, args.sigma_min, args.sigma_max)
+        intervals = [(p.name, p.interval(), p) for p in PRESETS.values()]
+        if (args.sigma_lo, args.sigma_hi) != (None, None):
+            lo = 0.0 if args.sigma_lo is None else args.sigma_lo
+            hi = math.inf if args.sigma_hi is None else args.sigma_hi
+            intervals = [("yours", GuidanceInterval(lo, hi), None)]
     print(f"{args.scheduler} schedule, {args.steps} steps, sigma {sigmas[0]:.4g} to {sigmas[-2]:.4g}")
     print("(noise levels for data of unit scale; g = guided, . = cond alone)\n")
     for name, interval, preset in intervals:
-        guided = interval.mask(sigmas[:-1])
-        rows = args.steps + int(guided.sum())
+        guided = interval.mask(sigmas[:-1]).tolist()
         print(f"{name}: sigma in {interval}")
         if preset is not None:
             published = GuidanceInterval(preset.sigma_lo, preset.sigma_hi)
             print(f"  {preset.model}; published as {published} for data of scale {preset.sigma_data:g}")
             weight = "your usual one" if preset.weight is None else f"{preset.weight:g}"
-            everywhere = "" if preset.weight is None else f" ({preset.weight_everywhere:g} without the interval)"
+            best = preset.weight_everywhere
+            everywhere = "" if best is None else f" ({best:g} without the interval)"
             chosen = "" if preset.metric is None else f"; chosen by {preset.metric}"
             print(f"  weight {weight}{everywhere}{chosen}\n  {preset.source}")
-        span = noise_level.interval_to_steps(interval, sigmas)
-        print("  [" + "".join("g" if g else "." for g in guided.tolist()) + "]", end="  ")
-        which = "no step is guided" if span is None else f"steps {span[0]} to {span[1]} are guided"
-        saved = 1 - rows / (2 * args.steps)
-        print(f"{which}: {rows} rows per image instead of {2 * args.steps}, {saved:.0%} saved\n")
+        print("  [" + "".join("g" if g else "." for g in guided) + "]")
+        print(f"  {noise_level.describe_cost(guided)}\n")

@@ -4,32 +4,102 @@ import contextlib
 import os
 from pathlib import Path
 
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, two processes are not kept apart.
+    fcntl = None
+
 
 @contextlib.contextmanager
 def atomic_path(path):
     """Give a temporary name beside `path`; move it into place at the end, or remove it after an error.
 
-    The name is always the same, so what a killed process left there is overwritten and moved by the next.
+    The name is always the same, so what a killed process left there is overwritten and moved by the next; a process
+    that is to write the same file at the same time waits. Raises UserError, naming the path, when it cannot be
+    written, on a full disk for one.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
     try:
-        yield tmp
-        os.replace(tmp, path)
+        with _one_writer(tmp):
+            try:
+                yield tmp
+                os.replace(tmp, path)
+            finally:
+                tmp.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"{str(path)!r} cannot be written ({e.strerror or e})") from e
+
+
+@contextlib.contextmanager
+def _one_writer(tmp):
+    """Create the file `tmp` and keep other processes from it."""
+    if fcntl is None:
+        yield
+        return
+    while True:
+        fd = os.open(tmp, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            _lock(fd, wait=True)
+            if _is_at(fd, tmp):  # Else its last writer moved or removed it while we waited.
+                yield
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_at(fd, path):
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(fd, wait):
+    """Lock an open file or folder until it is closed; raises BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # A file system without locks.
+
+
+@contextlib.contextmanager
+def sole_use(folder):
+    """Keep a folder to this process; raises UserError if another one writes there."""
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(fd, wait=False)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise UserError(
+            f"output folder {str(folder)!r} is in use by another run; wait for it, or choose another one"
+        ) from e
+    try:
+        yield
     finally:
-        tmp.unlink(missing_ok=True)
+        os.close(fd)
 
 
 def output_folder(path):
-    """Make the folder `path` and return it; raises OSError, naming the path, when it cannot be written to."""
+    """Make the folder `path` and return it; raises UserError, naming the path, when it cannot be written to."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(2**20))  # A disk that is full now will be so after the work.
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as e:
-        raise OSError(f"output folder {str(path)!r} cannot be written to ({e.strerror}); choose another one") from e
+        reason = "it is a file" if isinstance(e, FileExistsError) else e.strerror
+        raise UserError(f"output folder {str(path)!r} cannot be written to ({reason}); choose another one") from e
     return path
 
 

@@ -217,3 +217,26 @@ def schedule(name, steps, sigma_min, sigma_max):
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got sigma_min={sigma_min!r}, sigma_max={sigma_max!r}")
     sigmas = SCHEDULES[name](torch.linspace(0, 1, steps, dtype=torch.float64), sigma_min, sigma_max)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+# ----------------------------------------------------------------------------
+# In words.
+
+
+def describe_cost(guided, rows=None, rows_everywhere=None, unit="step", first=0):
+    """One sentence: which steps of a run are guided, and the share of full CFG's network rows that this saves.
+
+    guided: whether each step is. rows, rows_everywhere: network rows per image of the run, and with CFG everywhere
+    (None: one for cond and one for uncond). unit: "step", or "evaluation" where a step takes several. first: the
+    number of the first one.
+    """
+    which = [i for i, g in enumerate(guided, first) if g]
+    rows = len(guided) + len(which) if rows is None else rows
+    rows_everywhere = 2 * len(guided) if rows_everywhere is None else rows_everywhere
+    cost = f"{rows} network rows per image instead of {rows_everywhere}, {1 - rows / rows_everywhere:.0%} saved"
+    if not which:
+        return f"none of the {len(guided)} {unit}s is guided: {cost}"
+    span = f"{which[0]} to {which[-1]}" if len(which) > 1 else str(which[0])
+    gaps = ", with gaps" if len(which) < which[-1] - which[0] + 1 else ""
+    verb = "is" if len(which) == 1 else "are"
+    return f"{len(which)} of {len(guided)} {unit}s {verb} guided ({span}{gaps}): {cost}"

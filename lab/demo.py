@@ -1,14 +1,16 @@
 """The main job: what guidance in a limited interval buys, on the model that ships, in one table and three pictures."""
 
+import itertools
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..files import aligned, atomic_path, output_folder
+from ..errors import user_input
+from ..files import aligned, atomic_path, output_folder, sole_use
 from ..sampler_patch import GuidanceInterval
 from . import data, model, plots
 from .sampling import Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
@@ -18,25 +20,56 @@ MAX_CFG_RUNS = 8  # To bracket the interval's accuracy.
 
 
 def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
-    """Sample every setting, print the table and the findings, write the pictures and report.json; return the report.
+    """Sample every setting, write the pictures and report.json, print the table and the findings; return the report.
 
-    Raises ValueError for an unknown sampler, an interval or a weight that makes no sense or a model file that
-    cannot be read, OSError for a folder that cannot be written to; nothing is written then.
+    Raises UserError, before anything is sampled, for an unknown sampler, an interval or a weight that makes no sense,
+    and a folder that cannot be written to or that another run is writing to.
     """
-    interval = GuidanceInterval(sigma_lo, sigma_hi)
+    with user_input():
+        interval = GuidanceInterval(sigma_lo, sigma_hi)
     check_weight(weight)
     get_sampler(sampler)
     out = output_folder(out)
-    lab = model.load(device=device)
-    sigmas = karras_sigmas(steps)
-    interval.warn_if_unused(sigmas[:-1])
+    with sole_use(out):
+        lab = model.load(device=device)
+        sigmas = karras_sigmas(steps)
+        interval.warn_if_unused(sigmas[:-1])
+        cfg, limited, ablations, none, real = measure_all(lab, interval, weight, samples, sampler, steps, seed)
+        runs = [none, *cfg, limited, *(r for _, r in ablations)]
+        found = findings(cfg, limited, ablations)
+        plots.grid(out / "grid.png", [real, *runs], lab.config["pixel_mean"], lab.config["pixel_std"])
+        plots.tradeoff(out / "tradeoff.png", runs, real)
+        plots.schedule(out / "schedule.png", sigmas, interval)
+        report = dict(
+            settings=[describe(*r) for r in runs],
+            real=asdict(real[2]),
+            findings=found,
+            arguments=dict(
+                samples=samples, sampler=sampler, steps=steps, seed=seed, device=str(device), weight=weight,
+                sigma_lo=interval.sigma_lo, sigma_hi=_or_null(interval.sigma_hi),
+            ),
+            sigmas=sigmas.tolist(),
+            model=dict(file=model.SHIPPED.name, config=lab.config, record=lab.record),
+            versions=versions(),
+        )  # fmt: skip
+        with atomic_path(out / "report.json") as tmp:
+            tmp.write_text(json.dumps(report, indent=2) + "\n")
+    print(table([real, *runs]), *found, sep="\n")
+    print(f"\nwrote grid.png, tradeoff.png, schedule.png and report.json to {out}")
+    return report
 
+
+def measure_all(lab, interval, weight, samples, sampler, steps, seed):
+    """Every run, each (Setting, Samples, Scores): [CFG everywhere], in the interval, [(part, widened)], none, real.
+
+    Of the images those that are shown are kept.
+    """
     with tqdm(total=6 * samples, unit="image") as bar:
 
         def measure(setting):
             bar.set_description(setting.name)
             drawn = sample(lab, setting, samples, sampler, steps, seed, bar.update)
-            return setting, drawn, score_samples(lab, drawn.x, drawn.labels)
+            return _scored(lab, setting, drawn)
 
         def extend():
             bar.total += samples
@@ -53,31 +86,12 @@ def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
             if widened != interval:
                 ablations.append((part, measure(Setting(f"… {part} part on: {widened}", weight, widened))))
         bar.set_description("done")
+    return cfg, limited, ablations, none, _scored(lab, Setting("real digits", 1.0), real_digits(lab, samples, seed))
 
-    real = real_digits(lab, samples, seed)
-    real = Setting("real digits", 1.0), real, score_samples(lab, real.x, real.labels)
-    runs = [none, *cfg, limited, *(r for _, r in ablations)]
-    found = findings(cfg, limited, ablations)
-    print(table([real, *runs]), *found, sep="\n")
-    plots.grid(out / "grid.png", [real, *runs], lab.config["pixel_mean"], lab.config["pixel_std"])
-    plots.tradeoff(out / "tradeoff.png", runs, real)
-    plots.schedule(out / "schedule.png", sigmas, interval)
-    report = dict(
-        settings=[describe(*r) for r in runs],
-        real=asdict(real[2]),
-        findings=found,
-        arguments=dict(
-            samples=samples, sampler=sampler, steps=steps, seed=seed, device=str(device), weight=weight,
-            sigma_lo=sigma_lo, sigma_hi=sigma_hi,
-        ),
-        sigmas=sigmas.tolist(),
-        model=dict(file=model.SHIPPED.name, config=lab.config, record=lab.record),
-        versions=versions(),
-    )  # fmt: skip
-    with atomic_path(out / "report.json") as tmp:
-        tmp.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\nwrote grid.png, tradeoff.png, schedule.png and report.json to {out}")
-    return report
+
+def _scored(lab, setting, drawn):
+    scores = score_samples(lab, drawn.x, drawn.labels)
+    return setting, replace(drawn, x=drawn.x[: plots.COLUMNS].clone()), scores
 
 
 def real_digits(lab, num, seed):
@@ -109,15 +123,8 @@ def bracket(measure, limited, extend):
 
 def findings(cfg, limited, ablations):
     """The paper's three claims as these runs bear them out, or do not: a list of sentences."""
+    lines = [compare(cfg, limited)]
     _, drawn, scores = limited
-    # Of two equally near, the one with the lower distance: the comparison is not to flatter the interval.
-    rival = min(cfg, key=lambda r: (round(abs(r[2].accuracy - scores.accuracy), 6), r[2].fd))
-    apart = scores.fd_high < rival[2].fd_low or rival[2].fd_high < scores.fd_low
-    lines = [
-        f"At equal accuracy, {scores.accuracy:.1%} against {rival[2].accuracy:.1%} of {rival[0].name}: the distance is "
-        f"{change(scores.fd, rival[2].fd)} (95 % intervals {'do not ' if apart else ''}overlap), "
-        f"rows are {change(drawn.rows, rival[1].rows)}."
-    ]
     for part, (_, part_drawn, part_scores) in ablations:
         points = 100 * (part_scores.accuracy - scores.accuracy)
         lines.append(
@@ -125,6 +132,40 @@ def findings(cfg, limited, ablations):
             f"{points:+.1f} points, rows are {change(part_drawn.rows, drawn.rows)}."
         )
     return lines
+
+
+def compare(cfg, limited):
+    """The interval against CFG everywhere at the same accuracy, in a sentence that says so when there is none.
+
+    Between two weights the accuracy is taken as linear and the distance as exponential, as in lab/results.py. Of
+    several places with that accuracy the one with the lowest distance counts: not to flatter the interval.
+    """
+    _, drawn, scores = limited
+    rivals = []
+    for (a, drawn_a, score_a), (b, _, score_b) in itertools.pairwise(cfg):
+        low, high = sorted((score_a.accuracy, score_b.accuracy))
+        if not low <= scores.accuracy <= high:
+            continue
+        share = (scores.accuracy - score_a.accuracy) / (score_b.accuracy - score_a.accuracy) if low < high else 0.0
+        fd, fd_low, fd_high = (
+            max(getattr(score_a, name), 0.0) ** (1 - share) * max(getattr(score_b, name), 0.0) ** share
+            for name in ("fd", "fd_low", "fd_high")
+        )
+        rivals.append((fd, fd_low, fd_high, drawn_a.rows, f"between w={a.weight:.4g} and w={b.weight:.4g}"))
+    if rivals:
+        fd, fd_low, fd_high, rows, where = min(rivals)
+        apart = scores.fd_high < fd_low or fd_high < scores.fd_low
+        return (
+            f"At equal accuracy, {scores.accuracy:.1%}, which CFG everywhere has {where}: the distance is "
+            f"{change(scores.fd, fd)} (95 % intervals {'do not ' if apart else ''}overlap), rows are "
+            f"{change(drawn.rows, rows)}."
+        )
+    setting, near_drawn, near = min(cfg, key=lambda r: abs(r[2].accuracy - scores.accuracy))
+    return (
+        f"No comparison at equal accuracy: none of the weights of CFG everywhere that were tried comes to "
+        f"{scores.accuracy:.1%}. The nearest is {setting.name}, with {near.accuracy:.1%}: against it the distance is "
+        f"{change(scores.fd, near.fd)}, rows are {change(drawn.rows, near_drawn.rows)}."
+    )
 
 
 def change(value, base):
@@ -158,7 +199,7 @@ def describe(setting, drawn, scores):
     """One run as JSON; an open end of an interval is null."""
     bounds = None
     if setting.interval is not None:
-        bounds = [b if b < float("inf") else None for b in (setting.interval.sigma_lo, setting.interval.sigma_hi)]
+        bounds = [setting.interval.sigma_lo, _or_null(setting.interval.sigma_hi)]
     return dict(
         name=setting.name,
         weight=setting.weight,
@@ -167,6 +208,10 @@ def describe(setting, drawn, scores):
         seconds=round(drawn.seconds, 3),
         **asdict(scores),
     )
+
+
+def _or_null(bound):
+    return None if bound == float("inf") else bound
 
 
 def versions():

@@ -6,6 +6,7 @@ One safetensors file holds the denoiser (fp16), the classifier and the reference
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from ..files import atomic_path
 from .data import NUM_CLASSES, SIGMA_DATA
 
 SHIPPED = Path(__file__).parent / "digits.safetensors"
 FORMAT = "guidance-interval-lab/1"
+REFERENCE = ("mean", "cov", "spread")
 
 # ----------------------------------------------------------------------------
 # Denoiser network.
@@ -191,7 +194,7 @@ class Lab:
 
     `denoiser` and `classifier` are modules in eval mode; `reference` holds the statistics of the real
     images' features: mean [64], cov [64, 64] and spread [10], the mean distance between two images of a class.
-    `config` and `record` are the JSON of the metadata.
+    `config` and `record` are the JSON of the metadata. `check_lab` says what a lab of one's own has to have of this.
     """
 
     denoiser: Denoiser
@@ -202,7 +205,8 @@ class Lab:
 
 
 def save(path, denoiser, classifier, reference, config, record):
-    """Write a model file, whole or not at all."""
+    """Write a model file, whole or not at all; raises UserError when it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {f"denoiser.{k}": v.half() for k, v in denoiser.inner_model.state_dict().items()}
@@ -211,27 +215,33 @@ def save(path, denoiser, classifier, reference, config, record):
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     metadata = {"format": FORMAT, "config": json.dumps(config), "record": json.dumps(record)}
     with atomic_path(path) as tmp:
-        save_file(tensors, tmp, metadata)
+        try:
+            save_file(tensors, tmp, metadata)
+        except SafetensorError as e:  # Its own kind, for a full disk too.
+            raise OSError(str(e)) from e
 
 
 def load(path=SHIPPED, device="cpu"):
     """Read a model file that `lab/train.py` wrote and return a `Lab`.
 
-    Raises FileNotFoundError if there is none, ValueError if the file is corrupt or of another kind.
+    Raises UserError, naming the path, if there is none or it is corrupt or of another kind.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"model file {str(path)!r} does not exist; `make train` writes one")
+    if not os.path.isfile(path):
+        what = (
+            "is a folder or a device, not a file" if os.path.exists(path) else "does not exist; `make train` writes one"
+        )
+        raise UserError(f"model file {str(path)!r} {what}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as f:
+        with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as e:
-        raise ValueError(f"model file {str(path)!r} is not a readable safetensors file ({e})") from e
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"model file {str(path)!r} is not a readable safetensors file ({e})") from e
     if metadata.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"model file {str(path)!r} has format {metadata.get('format')!r}, not {FORMAT!r}; "
             "give a file that `make train` wrote"
         )
@@ -241,9 +251,9 @@ def load(path=SHIPPED, device="cpu"):
         classifier = Classifier(**config["classifier"])
         denoiser.inner_model.load_state_dict(_part(tensors, "denoiser."))
         classifier.load_state_dict(_part(tensors, "classifier."))
-        reference = {k: _part(tensors, "reference.")[k] for k in ("mean", "cov", "spread")}
+        reference = {k: _part(tensors, "reference.")[k].to(device) for k in REFERENCE}
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(
+        raise UserError(
             f"model file {str(path)!r} says {FORMAT!r} but its contents do not fit ({e}); "
             "give a file that `make train` wrote"
         ) from e
@@ -254,3 +264,54 @@ def load(path=SHIPPED, device="cpu"):
 
 def _part(tensors, prefix):
     return {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# ----------------------------------------------------------------------------
+# A lab of one's own.
+
+
+@torch.inference_mode()
+def check_lab(lab, source):
+    """Return `lab`, what the function `source` gave, if it can be sampled and judged as a `Lab` can.
+
+    Two images are denoised and classified. Raises UserError, naming what is missing or does not fit.
+    """
+
+    def refuse(what):
+        raise UserError(
+            f"model {source!r} returned {type(lab).__name__!r}, {what}; docs/command-line.md has an example"
+        )
+
+    if missing := [name for name in ("denoiser", "classifier", "reference", "config") if not hasattr(lab, name)]:
+        refuse(f"which has no {', '.join(missing)}: return a guidance_interval.lab.model.Lab")
+    for name in ("denoiser", "classifier"):
+        if not isinstance(getattr(lab, name), nn.Module) or not any(True for _ in getattr(lab, name).parameters()):
+            refuse(f"whose {name} is no torch.nn.Module with parameters")
+    if not hasattr(lab.denoiser, "null_class"):
+        refuse("whose denoiser has no null_class, the label that means no class")
+    for name, keys in (("config", ("image_size", "num_classes")), ("reference", REFERENCE)):
+        if missing := [key for key in keys if key not in getattr(lab, name)]:
+            refuse(f"whose {name} has no {', '.join(missing)}")
+
+    classes, size = lab.config["num_classes"], lab.config["image_size"]
+    device = next(lab.denoiser.parameters()).device
+    x = torch.zeros(2, lab.config.get("image_channels", 1), size, size, device=device)
+    labels = torch.tensor([0, lab.denoiser.null_class], device=device)
+    denoised = lab.denoiser(x, x.new_ones(2), class_cond=labels)
+    if getattr(denoised, "shape", None) != x.shape:
+        refuse(f"whose denoiser gives {_shape(denoised)} for x {list(x.shape)}")
+    judged = lab.classifier(x)
+    if not isinstance(judged, tuple) or len(judged) != 2 or any(_shape(part)[:1] != [2] for part in judged):
+        refuse("whose classifier does not give (features [B, D], logits [B, classes]) for x [B, C, H, W]")
+    (_, dim), (_, logits) = map(_shape, judged)
+    fits = {"mean": [dim], "cov": [dim, dim], "spread": [classes]}
+    for key, shape in fits.items():
+        if _shape(lab.reference[key]) != shape:
+            refuse(f"whose reference {key} has the shape {_shape(lab.reference[key])}, not {shape}")
+    if logits != classes:
+        refuse(f"whose classifier knows {logits} classes, not {classes}")
+    return lab
+
+
+def _shape(value):
+    return list(getattr(value, "shape", []))

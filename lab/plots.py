@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from ..files import atomic_path
 from .data import to_pixels
 
+COLUMNS = 20  # Images in a row.
 GUIDED = "#d95f02"
 INK = "#222222"
 
@@ -34,11 +35,11 @@ def _adherence_axes(ax):
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def grid(path, runs, pixel_mean, pixel_std, columns=20):
+def grid(path, runs, pixel_mean, pixel_std):
     """One row of images per setting, the same seeds in every row. runs: list of (Setting, Samples, Scores)."""
     fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.62 * len(runs) + 0.4), squeeze=False)
     for ax, (setting, samples, scores) in zip(axes[:, 0], runs, strict=True):
-        pixels = 255 - to_pixels(samples.x[:columns].cpu(), pixel_mean, pixel_std)
+        pixels = 255 - to_pixels(samples.x[:COLUMNS].cpu(), pixel_mean, pixel_std)
         ax.imshow(pixels.permute(1, 0, 2).flatten(1), cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
         detail = f"1000 FD {1000 * scores.fd:.2f} · {scores.accuracy:.1%}"

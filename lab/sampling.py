@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
 from ..sampler_patch import CFGDenoiser, GuidanceInterval
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 40.0, 7.0
+MAX_WEIGHT = 1000  # Far more than anyone uses; further on samples overflow.
 BATCH = 100  # A larger one's activations leave a desktop CPU's cache, and rows get slower.
 
 
@@ -32,18 +34,18 @@ class Samples:
 
 
 def check_weight(weight):
-    """Raise ValueError unless `weight` guides."""
-    if not 1 < weight < float("inf"):
-        raise ValueError(f"weight must be a number above 1 (1 is no guidance), got {weight!r}")
+    """Raise UserError unless `weight` guides."""
+    if not 1 < weight <= MAX_WEIGHT:
+        raise UserError(f"weight must be a number above 1 (1 is no guidance) and at most {MAX_WEIGHT}, got {weight!r}")
 
 
 def get_sampler(name):
-    """The function `sample_<name>` of k-diffusion; raises ValueError, with the names there are, for another."""
+    """The function `sample_<name>` of k-diffusion; raises UserError, with the names there are, for another."""
     from k_diffusion import sampling
 
     known = {k.removeprefix("sample_"): f for k, f in vars(sampling).items() if k.startswith("sample_") and callable(f)}
     if name not in known:
-        raise ValueError(f"unknown sampler {name!r}; k-diffusion has {', '.join(sorted(known))}")
+        raise UserError(f"unknown sampler {name!r}; k-diffusion has {', '.join(sorted(known))}")
     return known[name]
 
 

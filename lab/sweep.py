@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..files import aligned, atomic_path, output_folder
 from ..sampler_patch import GuidanceInterval, evaluation_sigmas
 from . import model, plots
@@ -150,20 +151,23 @@ def load_lab(source, device):
     """Return the `model.Lab` of a source: the shipped model for None, a model file, or what a function gives.
 
     source: None, the path of a .safetensors file that `lab/train.py` wrote, or `module:function`, which is
-    called with the device. Raises ValueError or FileNotFoundError, with the source, when there is none.
+    called with the device. Raises UserError, with the source, when there is none or it is no lab; what the function
+    itself raises is passed on.
     """
     if source is None:
         return model.load(device=device)
     if source.endswith(".safetensors"):
         return model.load(source, device)
     module, _, function = source.partition(":")
-    if not function:
-        raise ValueError(f"model must be given as module:function or a .safetensors file, got {source!r}")
+    if not module or not function:
+        raise UserError(f"model must be given as module:function or a .safetensors file, got {source!r}")
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"model {source!r} cannot be loaded ({e}); is its folder on PYTHONPATH?") from e
-    return make(device)
+    except (ImportError, AttributeError, TypeError) as e:  # A relative name is a TypeError.
+        raise UserError(f"model {source!r} cannot be loaded ({e}); is its folder on PYTHONPATH?") from e
+    if not callable(make):
+        raise UserError(f"model {source!r} is not a function: it is called with a device and returns a lab.model.Lab")
+    return model.check_lab(make(device), source)
 
 
 def fingerprint(lab):

@@ -1,12 +1,12 @@
-"""Train the models that ship: `python -m guidance_interval.lab.train` (`make train`).
+"""Train the models that ship: `guidance-interval train` (`make train`).
 
 The classifier is trained first, on four fifths of each class with small shifts, turns and zooms, and scored on
 the rest; then the denoiser on everything, with the class dropped for a share of it (Ho & Salimans 2022). Seeds
 are fixed. Everything lands in one safetensors file, with the record of how it was made.
 """
 
-import argparse
 import copy
+import json
 import platform
 import time
 from pathlib import Path
@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import trange
 
+from ..errors import UserError
+from ..files import output_folder
 from . import data, model
 
 UNET = dict(channels=(32, 128), mid_blocks=2, emb=128, dropout=0.1)
@@ -98,46 +100,46 @@ def reference_statistics(classifier, x, labels):
     )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=data.DATA, default="digits")
-    parser.add_argument("--out", type=Path, default=model.SHIPPED, help="the safetensors file to write")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=30_000, help="denoiser steps")
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the denoiser; the classifier's is fixed")
-    parser.add_argument("--classifier-steps", type=int, default=3_000)
-    parser.add_argument("--classifier", type=Path, help="take that of this model file: its distances compare then")
-    args = parser.parse_args(argv)
+def run(data_name, out, device, steps, batch, lr, seed, classifier_steps, donor=None):
+    """Train on a data set of `data.DATA` and write the model file `out`.
 
-    device = torch.device(args.device)
+    donor: a model file whose classifier is taken instead of training one. Raises UserError for a file that cannot
+    be read or written, before anything is trained, and for a loss that is not finite.
+    """
+    out, device = Path(out), torch.device(device)
+    output_folder(out.parent)
+    if out.is_dir():
+        raise UserError(f"{str(out)!r} is a folder; name the .safetensors file to write")
+    donor = None if donor is None else model.load(donor, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    images, labels = data.DATA[args.data]()
+    images, labels = data.DATA[data_name]()
     pixels = torch.as_tensor(images) / 255
     pixel_mean, pixel_std = pixels.mean().item(), pixels.std().item()
     x = data.to_model(images, pixel_mean, pixel_std).to(device)
     labels = torch.as_tensor(labels, device=device)
-    unet, judge = UNET | RECIPES[args.data]["unet"], CLASSIFIER | RECIPES[args.data]["classifier"]
+    unet, judge = UNET | RECIPES[data_name]["unet"], CLASSIFIER | RECIPES[data_name]["classifier"]
+    if donor is not None and donor.config["classifier"] != json.loads(json.dumps(judge)):
+        raise UserError("the classifier's model file is of another data set; take one of the same")
 
     begin = time.time()
-    if args.classifier is None:
-        classifier, accuracy = train_classifier(judge, x, labels, args.classifier_steps, 256)
+    if donor is None:
+        classifier, accuracy = train_classifier(judge, x, labels, classifier_steps, 256)
         print(f"classifier: {accuracy:.2%} of the held-out digits are right")
     else:
-        donor = model.load(args.classifier, device)
         classifier, accuracy = donor.classifier, donor.record["classifier_held_out_accuracy"]
-    hyper = dict(lr=args.lr, label_dropout=0.15, p_mean=-0.8, p_std=1.4, ema_halflife=1_000)
+    hyper = dict(lr=lr, label_dropout=0.15, p_mean=-0.8, p_std=1.4, ema_halflife=1_000)
     compiled = device.type == "cuda"
-    denoiser, loss = train_denoiser(unet, x, labels, args.steps, args.batch, args.seed, compiled=compiled, **hyper)
+    denoiser, loss = train_denoiser(unet, x, labels, steps, batch, seed, compiled=compiled, **hyper)
+    if not all(p.isfinite().all() for p in denoiser.parameters()):
+        raise UserError(f"training with a learning rate of {lr:g} diverged, nothing is written; take a lower one")
     record = dict(
-        data=data.DATA[args.data].__doc__.splitlines()[0],
-        classifier_steps=args.classifier_steps,
+        data=data.DATA[data_name].__doc__.splitlines()[0],
+        classifier_steps=classifier_steps,
         classifier_held_out_accuracy=round(accuracy, 4),
         denoiser_parameters=sum(p.numel() for p in denoiser.parameters()),
-        steps=args.steps,
-        batch=args.batch,
-        seed=args.seed,
+        steps=steps,
+        batch=batch,
+        seed=seed,
         last_loss=round(loss, 4),
         seconds=round(time.time() - begin),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -154,9 +156,5 @@ def main(argv=None):
         image_size=x.shape[-1],
         image_channels=x.shape[1],
     )
-    model.save(args.out, denoiser, classifier, reference_statistics(classifier, x, labels), config, record)
-    print(f"wrote {args.out} ({args.out.stat().st_size / 2**20:.2f} MiB): {record}")
-
-
-if __name__ == "__main__":
-    main()
+    model.save(out, denoiser, classifier, reference_statistics(classifier, x, labels), config, record)
+    print(f"wrote {out} ({out.stat().st_size / 2**20:.2f} MiB): {record}")

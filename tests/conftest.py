@@ -1,7 +1,12 @@
-"""Shared by all tests: the model that ships, loaded once."""
+"""Shared by all tests: the model that ships, loaded once; and how Hypothesis tries its examples."""
 
+import hypothesis
 import pytest
 import torch
+
+# One profile for all: without a deadline, which a busy machine misses.
+hypothesis.settings.register_profile("guidance-interval", deadline=None)
+hypothesis.settings.load_profile("guidance-interval")
 
 
 @pytest.fixture(scope="session")

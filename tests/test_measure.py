@@ -566,8 +566,9 @@ def test_without_the_extra_the_error_names_it(digits, monkeypatch, capsys):
     monkeypatch.delattr("guidance_interval.measure.report")
     assert command(digits) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "features digits need no_such_package; install it with: pip install 'guidance-interval[measure]'" in first
-    assert "matplotlib" in second and "pip install 'guidance-interval[measure]'" in second
+    advice = "; in the folder of this repository, run: pip install -e '.[measure]'"
+    assert f"features digits need no_such_package{advice}" in first
+    assert "matplotlib" in second and advice in second
 
 
 def test_folders_of_one_name_share_a_cache_folder(digits, tmp_path):

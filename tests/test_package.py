@@ -52,7 +52,7 @@ def test_an_installed_wheel_works_without_hosts_and_without_the_lab(wheel, tmp_p
     done = python(code, tmp_path)
     assert done.stdout.startswith(str(tmp_path)), done.stdout + done.stderr
     assert "sdxl" in done.stdout
-    assert done.returncode == 2 and "pip install 'guidance-interval[lab]'" in done.stderr
+    assert done.returncode == 2 and "pip install -e '.[lab]'" in done.stderr
 
 
 def test_importing_the_package_imports_no_host_and_no_lab():

@@ -1,0 +1,16 @@
+"""Errors that a person can put right: told in one line. Any other exception is a bug, and keeps its traceback."""
+
+import contextlib
+
+
+class UserError(ValueError):
+    """What was given, or the machine, does not do. The message names it, its value and what would be right."""
+
+
+@contextlib.contextmanager
+def user_input():
+    """Where what a person gave is judged: the library's ValueError and TypeError become a UserError."""
+    try:
+        yield
+    except (ValueError, TypeError) as e:
+        raise e if isinstance(e, UserError) else UserError(str(e)) from e
