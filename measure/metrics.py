@@ -29,7 +29,9 @@ def influence_interval(value, influence, labels=None, rounds=400, seed=0, level=
         labels = torch.zeros(len(influence), dtype=torch.int64, device=influence.device)
     generator = torch.Generator().manual_seed(seed)
     strata, values = [influence[labels == c] for c in labels.unique()], influence.new_zeros(rounds)
-    for part in torch.arange(rounds).split(max(1, min(50, CHUNK // len(influence)))):  # These at a time bound the memory.
+    for part in torch.arange(rounds).split(
+        max(1, min(50, CHUNK // len(influence)))
+    ):  # These at a time bound the memory.
         for moved in strata:
             index = torch.randint(len(moved), [len(part), len(moved)], generator=generator).to(moved.device)
             values[part] += moved[index].sum(1)
@@ -52,25 +54,38 @@ def frechet_distance(features, mean, cov, influence=False):
     samples exceeds the limit of large N: compare sets of the same size. For the influence, let T be the optimal
     transport from the fitted Gaussian N(m, S) to N(mean, cov): a sample at m + c moves the distance by
     2 c'(m - mean) + c'(I - T)c - tr((I - T)S). Directions in which the sample does not vary have no part in it: no
-    resample varies there either.
+    resample varies there either. As for `vendi`, the smaller of an N x N and a D x D matrix is decomposed.
     """
-    mean, cov = mean.double(), cov.double()
-    sample_mean, sample_cov = gaussian(features)
-    values, vectors = torch.linalg.eigh(cov)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-    values, vectors = torch.linalg.eigh(root @ sample_cov @ root)
-    cross = values.clamp(min=0).sqrt()
-    shift = sample_mean - mean
-    value = shift.square().sum() + sample_cov.trace() + cov.trace() - 2 * cross.sum()
+    mean, cov, n = mean.double(), cov.double(), len(features)
+    _check(features, at_least=2)
+    wide = features.shape[1] >= n
+    if wide:
+        sample_mean = features.double().mean(0)
+        c = features.double() - sample_mean
+        variances = c.square().sum(1)
+        values, vectors = torch.linalg.eigh(c @ cov @ c.mT / (n - 1))  # Those of S cov, but for zeros.
+        trace = variances.sum() / (n - 1)
+    else:
+        sample_mean, sample_cov = gaussian(features)
+        root, failed = torch.linalg.cholesky_ex(cov)  # Any root will do.
+        if failed:
+            values, vectors = torch.linalg.eigh(cov)
+            root = vectors * values.clamp(min=0).sqrt()
+        values, vectors = torch.linalg.eigh(root.mT @ sample_cov @ root)
+        trace = sample_cov.trace()
+    cross, shift = values.clamp(min=0).sqrt(), sample_mean - mean
+    value = shift.square().sum() + trace + cov.trace() - 2 * cross.sum()
     if not influence:
         return value
-    inverse = torch.where(cross > 1e-6 * cross.max(), 1 / cross, 0)
-    half = root @ (vectors * inverse.sqrt())  # T = half half'
-    moved = []
-    for part in _in_double(features):
-        c = part.sub_(sample_mean)
-        moved.append(2 * c @ shift + c.square().sum(1) - (c @ half).square().sum(1))
-    moved = torch.cat(moved)
+    if wide:
+        moved = 2 * c @ shift + variances - (n - 1) * (vectors.square() @ cross)
+    else:
+        half = root @ (vectors * torch.where(cross > 1e-6 * cross.max(), 1 / cross, 0).sqrt())  # T = half half'
+        moved = []
+        for part in _in_double(features):
+            c = part.sub_(sample_mean)
+            moved.append(2 * c @ shift + c.square().sum(1) - (c @ half).square().sum(1))
+        moved = torch.cat(moved)
     return value, moved - moved.mean()
 
 
@@ -94,7 +109,7 @@ def kernel_mean(x):
 
 
 def _kernel_means(x, y=None):
-    """Mean of the kernel less one over y, or over x, for each of x: float64 [N]. Float32 keeps the digits without it."""
+    """Mean over y, or x itself, of the kernel less one, in which float32 has the digits, for each of x: float64 [N]."""
     means = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for rows, columns, squares in _squared_distances(x, y, _unit):
         kernel = squares.div_(-2 * 10**2).expm1_()
@@ -141,7 +156,7 @@ def neighbours(features, k=5):
 
 
 def _take_nearest(nearest, index, squares, start):
-    """Update squared distances and indices [R, k] by those of `squares` [R, C], whose first column is sample `start`."""
+    """Update squared distances and indices [R, k] by those of `squares` [R, C], whose first column is `start`."""
     count = nearest.shape[1]
     found, which = squares.topk(min(count, squares.shape[1]), largest=False)
     merged, order = torch.cat([nearest, found], 1).topk(count, largest=False)
@@ -277,16 +292,18 @@ def clip_score(image, text):
     return 100 * (_unit(image).double() * _unit(text).double()).sum(1).clamp(min=0)
 
 
-def pixel_statistics(*stripes):
+def pixel_statistics(stripes):
     """Saturation, contrast and clipping of one image, float32 [3]: what shows first when guidance is too strong.
 
-    stripes: uint8 arrays [h, W, 3], RGB, one below the other: one of the whole image, or several to save memory. Mean
+    stripes: uint8 array [H, W, 3], RGB, or several [h, W, 3] one below the other, to save memory. Mean
     saturation of the HSV model; RMS contrast, the standard deviation of luma (ITU-R BT.601) on the scale of 0 to 1
     (Peli 1990); share of pixels with a channel at 0 or 255.
     """
     num = saturated = clipped = total = total_square = 0
-    origin = np.float32(stripes[0][0, 0] @ np.array(LUMA))  # Near the mean, so that the squares keep their digits.
-    for stripe in stripes:
+    origin = None
+    for stripe in [stripes] if isinstance(stripes, np.ndarray) else stripes:
+        if origin is None:
+            origin = np.float32(stripe[0, 0] @ np.array(LUMA))  # Near the mean, so that the squares keep their digits.
         r, g, b = (np.ascontiguousarray(stripe[..., i]) for i in range(3))  # Planes, in numpy: it runs in threads.
         high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
         num += r.size
@@ -378,8 +395,8 @@ def _squared_distances(x, y, prepare, height=CHUNK):
 
     rows, columns: slices of x and y, rows of at most `height`. Without y, of x with itself: the tiles on the diagonal
     and above it. prepare(part, out): scales or moves a part of either before; near the origin float32 keeps the digits
-    that matter. All buffers are used again, as glibc keeps what it is given back at this size, in pieces; the caller may
-    change `squares`.
+    that matter. All buffers are used again, as glibc keeps what it is given back at this size, in pieces; the caller
+    may change `squares`.
     """
     upper, y = y is None, x if y is None else y
     side = max(1, min(math.isqrt(CHUNK), CHUNK // x.shape[1]))
