@@ -359,15 +359,14 @@ def run_measure(args):
     from .lab import judge
     from .measure import features, report
 
-    with _until_they_raise_user_errors():
-        report.run(
-            images=args.images,
-            reference=args.reference,
-            extractors=[features.get_extractor(spec, args.device, [judge.Digits]) for spec in args.features],
-            prompts=args.prompts,
-            out=args.out,
-            cache=args.cache,
-        )
+    report.run(
+        images=args.images,
+        reference=args.reference,
+        extractors=[features.get_extractor(spec, args.device, [judge.Digits]) for spec in args.features],
+        prompts=args.prompts,
+        out=args.out,
+        cache=args.cache,
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import UserError
 from ..measure.features import file_hash
 from . import data, model
 
@@ -19,12 +20,17 @@ class Digits:
     def __init__(self, device="cpu", source=None):
         self.path, self.device = Path(source or model.SHIPPED), device
         if not self.path.is_file():
-            raise FileNotFoundError(f"features digits={source}: no such file; give one that `make train` wrote")
+            raise UserError(f"features digits={source}: no such file; give one that `guidance-interval train` wrote")
         self.identity = f"digits/1 {file_hash(self.path)}"
 
     @cached_property
     def lab(self):
         return model.load(self.path, self.device)
+
+    def load(self):
+        config = self.lab.config
+        if (config["image_size"], config.get("image_channels", 1)) != (data.IMAGE_SIZE, 1):
+            raise UserError(f"features digits: {self.path} is not for {data.IMAGE_SIZE}x{data.IMAGE_SIZE} grey images")
 
     def preprocess(self, image):
         size = (data.IMAGE_SIZE, data.IMAGE_SIZE)

@@ -3,7 +3,8 @@
 An extractor has
 - `name`, as `--features` takes it, and `dim`, the number of features;
 - `identity`, which changes with the weights and the preprocessing, and is known before the network is loaded;
-- `preprocess(image)`: one PIL image in RGB to a tensor, in any thread;
+- `load()`, which loads the network, or raises UserError with the file that does not do;
+- `preprocess(image)`: one PIL image in RGB, upright, to a tensor, in any thread;
 - `classes`: names of the classes whose logits it appends to each row, if it is a classifier, else ();
 - `rows(tensors)`: a list of B of them to float32 [B, dim + len(classes)] on the CPU.
 
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import UserError
+from .folder import first_line
 from .metrics import pixel_statistics
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -29,14 +32,14 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 def get_extractor(spec, device="cpu", more=()):
     """The extractor for `name` or `name=PATH`, of `EXTRACTORS` or of the classes in `more`.
 
-    Raises ValueError for another name, ImportError without its package, OSError without its weights.
+    Raises UserError for another name and without its weights, ImportError without its package.
     """
     name, _, source = spec.partition("=")
     known = {cls.name: cls for cls in (*more, *EXTRACTORS)}
     if name not in known:
-        raise ValueError(f"unknown features {name!r}; there are {', '.join(known)}, each with =PATH if need be")
+        raise UserError(f"unknown features {name!r}; there are {', '.join(known)}, each with =PATH if need be")
     if importlib.util.find_spec(known[name].needs) is None:  # Now, not when the first batch has been read.
-        raise ImportError(f"features {name} need {known[name].needs}")
+        raise ModuleNotFoundError(f"features {name} need {known[name].needs}")
     return known[name](device, source or None)
 
 
@@ -45,8 +48,14 @@ class Pixels:
 
     name, dim, identity, classes = "pixels", 3, "pixels/1", ()
 
+    def load(self):
+        """There is no network."""
+
     def preprocess(self, image):
-        return pixel_statistics(np.asarray(image))
+        step = max(1, 2**20 // image.width)  # In stripes, or a large photo would be in memory several times.
+        tops = range(0, image.height, step)
+        stripes = (image.crop((0, top, image.width, min(top + step, image.height))) for top in tops)
+        return pixel_statistics(map(np.asarray, stripes))
 
     def rows(self, tensors):
         return torch.stack(tensors)
@@ -60,9 +69,7 @@ class Inception:
     def __init__(self, device="cpu", source=None):
         self.path, self.device = Path(source or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE), device
         if source and not self.path.is_file():
-            raise FileNotFoundError(
-                f"features inception={source}: no such file; give torch-fidelity's {INCEPTION_FILE}"
-            )
+            raise UserError(f"features inception={source}: no such file; give torch-fidelity's {INCEPTION_FILE}")
         if not self.path.is_file():
             self._download()
         self.identity = f"inception/1 {file_hash(self.path)}"
@@ -73,11 +80,14 @@ class Inception:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(self.path), INCEPTION_FILE[-12:-4])
-        except OSError as e:
-            raise OSError(
-                f"features inception: {self.path} is missing and cannot be downloaded ({_reason(e)}); "
+        except (OSError, RuntimeError) as e:  # RuntimeError: what came has another hash.
+            raise UserError(
+                f"features inception: {self.path} is missing and cannot be downloaded ({first_line(e)}); "
                 f"put {URL_INCEPTION_V3} there, or name it: --features inception=PATH"
             ) from e
+
+    def load(self):
+        return self.network
 
     @cached_property
     def network(self):
@@ -87,7 +97,7 @@ class Inception:
             torch.load(self.path, map_location="meta", weights_only=True)  # Refuses what torch-fidelity would run.
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(self.path))
         except Exception as e:  # Of many kinds, from torch's unpickler.
-            raise ValueError(f"features inception: {self.path} is not torch-fidelity's {INCEPTION_FILE}") from e
+            raise UserError(f"features inception: {self.path} is not torch-fidelity's {INCEPTION_FILE}") from e
         return network.eval().to(self.device)  # torch-fidelity 0.3 leaves that to its caller.
 
     def preprocess(self, image):
@@ -116,18 +126,21 @@ class _HubModel:
         if source:
             self.source, config = Path(source), Path(source) / "config.json"
             if not config.is_file():
-                raise FileNotFoundError(
-                    f"features {self.name}={source}: no config.json there; give a folder of {self.hub}"
-                )
+                raise UserError(f"features {self.name}={source}: no config.json there; give a folder of {self.hub}")
             weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in self.source.glob(pattern))
+            if not weights:
+                raise UserError(f"features {self.name}={source}: no weights there (*.safetensors or *.bin)")
             which = file_hash(config, *weights)
         else:
             self.source, config = self.hub, self._cached_config()
             self.revision = which = config.parent.name
-        self.config = json.loads(config.read_text())
-        found = self.config.get("model_type")
+        try:
+            self.config = json.loads(config.read_text(encoding="utf-8"))
+            found = self.config.get("model_type")
+        except (OSError, ValueError, AttributeError) as e:
+            raise UserError(f"features {self.name}: {config} cannot be read ({first_line(e)})") from e
         if found != self.model_type:
-            raise ValueError(f"features {self.name}: {config} is of a {found!r} model, not {self.model_type!r}")
+            raise UserError(f"features {self.name}: {config} is of a {found!r} model, not {self.model_type!r}")
         self.identity = f"{self.name}/1 {which}"
 
     def _cached_config(self):
@@ -146,9 +159,10 @@ class _HubModel:
     def _missing(self, error):
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        return OSError(
-            f"features {self.name}: {self.hub} is not in {HF_HUB_CACHE} and cannot be downloaded ({_reason(error)}); "
-            f"run `hf download {self.hub}` with a network, or name a copy: --features {self.name}=FOLDER"
+        return UserError(
+            f"features {self.name}: {self.hub} is not in {HF_HUB_CACHE} and cannot be downloaded "
+            f"({first_line(error)}); run `hf download {self.hub}` with a network, or name a copy: "
+            f"--features {self.name}=FOLDER"
         )
 
     def _load(self, cls):
@@ -156,11 +170,14 @@ class _HubModel:
             network, info = cls.from_pretrained(self.source, revision=self.revision, output_loading_info=True)
         except OSError as e:
             raise self._missing(e) from e
+        except Exception as e:  # Of many kinds: of safetensors, of torch's unpickler, for weights of another shape.
+            raise UserError(f"features {self.name}: the weights of {self.source} do not load ({first_line(e)})") from e
         if info["missing_keys"]:  # transformers would leave these random, and the numbers with them.
-            raise ValueError(
-                f"features {self.name}: {self.source} lacks the weights {sorted(info['missing_keys'])[:3]}"
-            )
+            raise UserError(f"features {self.name}: {self.source} lacks the weights {sorted(info['missing_keys'])[:3]}")
         return network.float().eval().requires_grad_(False).to(self.device)
+
+    def load(self):
+        return self.network
 
     def _normalized(self, image):  # In numpy, which starts no threads of its own in those of the loader.
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.mean)) / np.float32(self.std)
@@ -217,14 +234,33 @@ class CLIP(_HubModel):
         pooled = self.network.vision_model(torch.stack(tensors).to(self.device)).pooler_output
         return self.network.visual_projection(pooled).cpu()
 
+    @property
+    def text_identity(self):
+        """As `identity`, for the embeddings of prompts; raises UserError when the tokenizer's files are missing."""
+        if self.revision:
+            return self.identity
+        for names in (["tokenizer.json"], ["vocab.json", "merges.txt"]):
+            files = [self.source / name for name in names]
+            if all(file.is_file() for file in files):
+                return f"{self.identity} {file_hash(*files)}"
+        raise UserError(
+            f"features {self.name}: {self.source} has no tokenizer, which prompts need: copy tokenizer.json, or "
+            f"vocab.json and merges.txt, there from {self.hub}, or use its own folder"
+        )
+
     @cached_property
     def tokenizer(self):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.source, revision=self.revision)
-        except (OSError, ValueError) as e:
-            raise self._missing(e) from e
+            tokenizer = AutoTokenizer.from_pretrained(self.source, revision=self.revision)
+        except Exception as e:  # Of many kinds, from its files' parsers.
+            raise UserError(
+                f"features {self.name}: the tokenizer of {self.source} does not load ({first_line(e)})"
+            ) from e
+        if len(tokenizer) <= 4:  # transformers makes one of its own, without words, when files are missing.
+            raise UserError(f"features {self.name}: the tokenizer of {self.source} has no vocabulary")
+        return tokenizer
 
     @torch.inference_mode()
     def text_rows(self, prompts):
@@ -249,8 +285,3 @@ def file_hash(*paths, pieces=32, size=2**16):
                 f.seek(start)
                 digest.update(f.read(size))
     return digest.hexdigest()[:16]
-
-
-def _reason(error):
-    """The first line of an error, for a message of one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from guidance_interval import cli
+from guidance_interval.errors import UserError
 from guidance_interval.lab import data, judge
 from guidance_interval.measure import features, folder, metrics, report
 from PIL import Image
@@ -136,24 +137,24 @@ def rows_computed(monkeypatch, extractor=judge.Digits):
 
 
 def test_fid_is_that_of_torch_fidelity_and_of_clean_fid(tmp_path, inception):
-    """End to end: the same folders and the same weights."""
-    import torch_fidelity
+    """Features by the one and distance by the other, of the same folders and the same weights."""
     from cleanfid.fid import frechet_distance
+    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
 
     paths = [write_colours(tmp_path / name, n, n, low) for name, n, low in (("real", 16, 0), ("cfg", 14, 60))]
     result = run(tmp_path, "cfg", use=[f"inception={inception}"])
     fid = result["images"][0]["metrics"]["inception"]["fd"]["value"]
-    theirs = torch_fidelity.calculate_metrics(
-        input1=str(paths[1]), input2=str(paths[0]), fid=True, cuda=False, cache=False, verbose=False,
-        feature_extractor_weights_path=str(inception),
-    )["frechet_inception_distance"]  # fmt: skip
-    assert fid == pytest.approx(theirs, rel=1e-3)
-
     extractor = features.get_extractor(f"inception={inception}")
+    options = dict(cuda=False, batch_size=8, cache=False, verbose=False, samples_find_deep=False)
+    network = create_feature_extractor(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(inception), **options
+    )
     sets = []
     for path in paths:
         f = folder.Folder(path)
         f.compute(features.Pixels(), [extractor], report.tqdm(disable=True))
+        theirs = extract_featuresdict_from_input_id(1, network, input1=str(path), **options)["2048"]
+        torch.testing.assert_close(f.rows(extractor), theirs, rtol=1e-4, atol=1e-5)
         sets.append(f.rows(extractor).double())
     basis = torch.linalg.qr(torch.cat(sets).mT).Q  # All that varies: 30 directions of the 2,048.
     statistics = [s for x in sets for s in ((x @ basis).mean(0).numpy(), np.cov((x @ basis).numpy(), rowvar=False))]
@@ -234,7 +235,7 @@ def test_prompts_come_from_a_file_or_from_beside_the_images(tmp_path, clip, caps
     assert scores[0] == pytest.approx(expected, rel=1e-4) and scores[1] != scores[0]
     assert "clip_score" not in beside["reference"]["metrics"]["clip"]
     cmmd = beside["images"][0]["metrics"]["clip"]["cmmd"]["value"]
-    rows = folder.Rows(tmp_path / "real.clip.safetensors", extractor.identity)
+    rows = folder.Rows(tmp_path / "real.clip.safetensors", extractor.identity, extractor.dim)
     real = rows.get(list(rows._where))
     cfg = extractor.rows([extractor.preprocess(Image.open(f)) for f in sorted((tmp_path / "cfg").glob("*.png"))])
     assert cmmd == pytest.approx(metrics.cmmd(cfg, real).item(), rel=1e-3)
@@ -250,7 +251,7 @@ def test_a_second_run_reads_and_computes_nothing(digits, monkeypatch):
     monkeypatch.setattr(judge.Digits, "rows", lambda *_: pytest.fail("computed again"))
     monkeypatch.setattr(report, "score", lambda *_: pytest.fail("scored again"))
     before = {p: p.stat().st_mtime_ns for p in digits.glob("*.safetensors")}
-    assert len(before) == 6
+    assert len(before) == 7  # Three of pixels, three of digits, and the reference's statistics.
     assert numbers(run(digits, "cfg", "interval")) == numbers(first)
     assert before == {p: p.stat().st_mtime_ns for p in digits.glob("*.safetensors")}
 
@@ -344,7 +345,7 @@ def test_a_killed_run_keeps_what_it_has_computed(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = len(folder.Rows(cache, judge.Digits().identity)._where)
+    kept = len(folder.Rows(cache, judge.Digits().identity, 74)._where)
     assert 0 < kept < 200
 
     with pytest.MonkeyPatch.context() as patch:
@@ -374,7 +375,7 @@ def test_an_interrupt_keeps_what_is_computed(digits, monkeypatch, capsys):
     args = ["measure", "--images", str(digits / "cfg"), "--reference", str(digits / "real"), "--features", "digits"]
     assert cli.main([*args, "--out", str(digits / "out")]) == 130
     assert "interrupted; what is computed is kept" in capsys.readouterr().err
-    assert len(folder.Rows(digits / "real.digits.safetensors", judge.Digits().identity)._where) == calls[0] == 32
+    assert len(folder.Rows(digits / "real.digits.safetensors", judge.Digits().identity, 74)._where) == calls[0] == 32
 
 
 def one_thread():
@@ -406,8 +407,10 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 
 
 def command(root, *more, images=("cfg",), reference="real"):
-    args = ["--images", *(str(root / i) for i in images), "--reference", str(root / reference)]
-    return cli.main(["measure", *args, "--features", "digits", "--out", str(root / "out"), *more])
+    args = ["--images", *(str(root / i) for i in images), "--reference", str(root / reference), *more]
+    for option, value in (("--features", "digits"), ("--out", str(root / "out"))):
+        args += [] if option in more else [option, value]
+    return cli.main(["measure", *args])
 
 
 def test_the_command_prints_a_row_per_folder_and_leaves_a_report_and_a_picture(digits, capsys):
@@ -422,7 +425,7 @@ def test_the_command_prints_a_row_per_folder_and_leaves_a_report_and_a_picture(d
                      *["pixels", "-" * 8, "real", "cfg", "interval"]]  # fmt: skip
     (contrast,) = (line.split("|")[4] for line in out.splitlines() if line.startswith("| cfg") and "%" in line)
     assert -35 < float(contrast.split("(")[1].split("%")[0]) < -25  # Made 30 % darker.
-    assert "cfg: 1/broken.png cannot be read (cannot identify image file" in out
+    assert "cfg: 1/broken.png cannot be read (not an image of a known format, or damaged)" in out
     assert "cfg: deep.png cannot be read (mode I;16; convert it to 8 bits per channel); left out" in out
     result = json.loads((digits / "out" / "report.json").read_text())
     assert [r["images"] for r in result["images"]] == [60, 60] and len(result["images"][0]["unreadable"]) == 2
@@ -478,17 +481,17 @@ def test_few_images_are_measured_as_far_as_they_go(digits, capsys):
         (dict(images=("cfg", "cfg")), "cfg' is given twice"),
         (dict(images=("real/1",)), "real/1' lies in "),
         (dict(images=("empty",)), "empty' holds 0 readable images and 0 others; give a folder with 2 or more of .png"),
-        (dict(images=("one",)), "one' holds 1 readable images and 1 others, the first being b.png (cannot identify"),
+        (dict(images=("one",)), "one' holds 1 readable images and 1 others, the first being b.png (not an image"),
         (("--features", "incept"), "unknown features 'incept'; there are digits, inception, dinov2, clip"),
         (("--features", "digits", "digits"), "features digits digits hold one twice; name each once"),
         (("--features", "clip=/nowhere"), "features clip=/nowhere: no config.json there; give a folder of openai/clip"),
         (("--features", "inception=/nowhere"), "features inception=/nowhere: no such file; give torch-fidelity's"),
         (("--features", "digits=/nowhere"), "features digits=/nowhere: no such file"),
-        (("--prompts", "a.txt"), "a.txt' is no JSON (Expecting value"),
-        (("--prompts", "list.json"), "list.json' is no object of strings; write {'a/0001.png': 'a prompt', ...}"),
-        (("--prompts", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
+        (("--prompts", "p.json"), "--prompts has no effect without --features clip; add clip, or leave"),
         (("--cache", "a.txt/x"), "cannot be kept in 'a.txt/x' (Not a directory); choose another folder with --cache"),
         (("--out", "a.txt/x"), "output folder 'a.txt/x' cannot be written to"),
+        (("--out", "cfg/new"), "output folder 'cfg/new' lies in "),
+        (("--out", "real"), "where the next run would count measure.png as an image; choose another --out"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(digits, capsys, monkeypatch, args, says):
@@ -524,7 +527,7 @@ def test_weights_that_are_nowhere_are_told_with_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
-    with pytest.raises(OSError, match=says) as error:
+    with pytest.raises(UserError, match=says) as error:
         features.get_extractor(name)
     assert "\n" not in str(error.value)
 

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -66,6 +68,30 @@ def test_frechet_distance_is_clean_fids():
     assert metrics.frechet_distance(x, mean, cov).item() == pytest.approx(expected, rel=1e-8)
 
 
+def frechet_by_definition(x, mean, cov, n):
+    """The distance and its influence through D x D matrices, all directions decomposed."""
+    values, vectors = torch.linalg.eigh(cov)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    c = x - x.mean(0)
+    sample_cov = c.mT @ c / (n - 1)
+    values, vectors = torch.linalg.eigh(root @ sample_cov @ root)
+    cross = values.clamp(min=0).sqrt()
+    shift = x.mean(0) - mean
+    half = root @ (vectors * torch.where(cross > 1e-6 * cross.max(), 1 / cross, 0).sqrt())
+    moved = 2 * c @ shift + c.square().sum(1) - (c @ half).square().sum(1)
+    return shift @ shift + sample_cov.trace() + cov.trace() - 2 * cross.sum(), moved - moved.mean()
+
+
+@pytest.mark.parametrize(("n", "reference"), [(30, 200), (200, 30), (30, 30), (41, 200), (40, 200)])
+def test_frechet_distance_of_few_samples_is_that_of_singular_covariances(n, reference):
+    """40 features, with fewer samples than features in either set or both."""
+    x, (mean, cov) = normal(n, 40, 0.3, 1.2), metrics.gaussian(normal(reference, 40, seed=1))
+    value, influence = metrics.frechet_distance(x, mean, cov, influence=True)
+    expected, moved = frechet_by_definition(x, mean, cov, n)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(influence, moved, rtol=1e-5, atol=1e-5 * moved.abs().max().item())
+
+
 def test_the_results_do_not_depend_on_the_chunks(monkeypatch):
     real, fake = normal(90, 6), normal(70, 6, 0.3, seed=1)
 
@@ -82,6 +108,68 @@ def test_the_results_do_not_depend_on_the_chunks(monkeypatch):
     whole = everything()
     monkeypatch.setattr(metrics, "CHUNK", 400)
     torch.testing.assert_close(everything(), whole)
+
+
+def test_neighbours_are_those_of_all_pairs(monkeypatch):
+    x = normal(60, 7)
+    x[20] = x[50]  # A distance of zero.
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest, index = distance.sort(1)
+    for chunk in (2**22, 300):  # One tile, and some of 17.
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        near = metrics.neighbours(x, k=4)
+        torch.testing.assert_close(near.radius.sqrt(), nearest[:, 3])
+        torch.testing.assert_close(near.next_radius.sqrt(), nearest[:, 4])
+        assert near.index.sort(1).values.equal(index[:, :4].sort(1).values)
+        torch.testing.assert_close(near.distance, distance.fill_diagonal_(0).sum(1) / 59, atol=1e-6, rtol=1e-6)
+        distance.fill_diagonal_(torch.inf)
+    few = metrics.neighbours(x[:5], k=4)
+    assert few.distance.mean().item() == pytest.approx(torch.pdist(x[:5]).mean().item()) and len(few.index) == 0
+
+
+def test_a_set_is_compared_with_itself_as_with_another_one(monkeypatch):
+    x = normal(90, 6)
+    monkeypatch.setattr(metrics, "CHUNK", 400)
+    torch.testing.assert_close(torch.stack(metrics.prdc(x, x)), torch.stack(metrics.prdc(x, x.clone())))
+    assert metrics.cmmd(x, x).item() == pytest.approx(metrics.cmmd(x, x.clone()).item(), abs=1e-9)
+    assert metrics.cmmd(x, x[:50], y_kernel=metrics.kernel_mean(x[:50])) == metrics.cmmd(x, x[:50])
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_float32_keeps_the_digits_that_matter(offset):
+    """Clusters, as a classifier's features have them, and far from the origin, where squares cancel."""
+    centres, generator = 2 * normal(10, 64, seed=9), torch.Generator().manual_seed(3)
+    real, fake = (
+        centres[torch.randint(10, [n], generator=generator)] + normal(n, 64, scale=0.2, seed=n) + offset
+        for n in (1500, 1200)
+    )
+    real, fake = real.float(), fake.float()
+    exact, ours = (
+        [*metrics.prdc(x, y), metrics.mean_distance(y), metrics.cmmd(y, x)]
+        for x, y in ((real.double(), fake.double()), (real, fake))
+    )
+    for a, b, tolerance in zip(ours, exact, [2e-3, 2e-3, 2e-3, 2e-3, 1e-6, 1e-5], strict=True):
+        assert a.item() == pytest.approx(b.item(), rel=tolerance, abs=1e-6)
+
+
+def test_memory_grows_with_the_samples_and_not_with_their_pairs():
+    """Peak of one process with small buffers: 4,000 samples more, 16 MiB for each set, cost no copy in float64."""
+    code = """
+import re, torch
+from guidance_interval.measure import metrics
+metrics.CHUNK = 2**18
+def peak(n):
+    x, y = torch.empty(2, n, 1024).uniform_()
+    near = metrics.neighbours(x)
+    metrics.frechet_distance(x, *metrics.gaussian(y), influence=True), metrics.vendi(x, True), metrics.cmmd(x, y, True)
+    metrics.prdc(y, x, 5, True, fake_near=near), metrics.mean_distance(x, True, near)
+    return re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+peak(1500)  # The heap grows by a few matrices of 1,024 x 1,024 and keeps them.
+print(peak(1500), peak(5500))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    few, many = (int(kib) / 2**10 for kib in done.stdout.split())
+    assert few < many < few + 2 * 16 + 25, (few, many)
 
 
 def test_mean_distance_is_that_of_all_pairs():
@@ -134,8 +222,7 @@ def test_smooth_metrics_have_the_influence_of_leaving_a_sample_out(dim):
     x, y = normal(200, dim, 0.3) * spectrum, normal(250, dim, 0, 1.3, seed=1) * spectrum
     functions = {"cmmd": lambda x, i=False: metrics.cmmd(x, y, i), "vendi": metrics.vendi}
     functions["distance"] = metrics.mean_distance
-    if dim < 200:
-        functions["fd"] = lambda x, i=False: metrics.frechet_distance(x, *metrics.gaussian(y), i)
+    functions["fd"] = lambda x, i=False: metrics.frechet_distance(x, *metrics.gaussian(y), i)
     for name, function in functions.items():
         _, influence = function(x, True)
         assert abs(influence.mean()) < 1e-9, name
@@ -209,6 +296,8 @@ def test_sets_that_make_no_sense_are_refused():
         metrics.gaussian(x[:1])
     with pytest.raises(ValueError, match="each image needs one prompt"):
         metrics.clip_score(x, x[:3])
+    with pytest.raises(ValueError, match="float32 or float64, got"):
+        metrics.vendi(x.half())
 
 
 @pytest.mark.parametrize(
