@@ -46,26 +46,27 @@ class GuidanceInterval:
 
     def __contains__(self, sigma):
         """Whether one noise level, a number or a tensor of one element, is guided."""
-        if isinstance(sigma, torch.Tensor):
-            if sigma.numel() != 1:
-                raise TypeError(f"`in` takes one sigma, got a tensor of shape {list(sigma.shape)}; use .mask(sigma)")
-            return bool(self.mask(sigma))
-        return self.sigma_lo < sigma <= self.sigma_hi
+        sigma = torch.as_tensor(sigma, dtype=torch.float64 if isinstance(sigma, (int, float)) else None)
+        if sigma.numel() != 1:
+            raise TypeError(f"`in` takes one sigma, got a tensor of shape {list(sigma.shape)}; use .mask(sigma)")
+        return self.guided_rows(sigma.reshape(1))[0]
 
     def mask(self, sigma):
-        """Which of the noise levels are guided: a bool tensor of the shape and on the device of `sigma`.
+        """Which of the noise levels are guided: a bool tensor of the shape and on the device of `sigma`."""
+        lo, hi = self._bounds(sigma.dtype)
+        return (sigma > lo) & (sigma <= hi)
 
-        The bounds are rounded to the dtype of `sigma`, so 5.42 contains float32(5.42).
-        """
-        return (sigma > self.sigma_lo) & (sigma <= self.sigma_hi)
-
-    def guides(self, sigma):
+    def guided_rows(self, sigma):
         """Which rows are guided, as a list: the `mask` of `sigma` [B], for a decision on the host.
 
         One copy to the host (a sync, where sigma is on an accelerator) and no kernel.
         """
-        lo, hi = _rounded(self.sigma_lo, sigma.dtype), _rounded(self.sigma_hi, sigma.dtype)
+        lo, hi = self._bounds(sigma.dtype)
         return [lo < level <= hi for level in sigma.tolist()]
+
+    def _bounds(self, dtype):
+        """(sigma_lo, sigma_hi) as a tensor of that dtype holds them: 5.42 contains float32(5.42), which is larger."""
+        return _rounded(self.sigma_lo, dtype), _rounded(self.sigma_hi, dtype)
 
     def warn_if_unused(self, sigmas):
         """Warn when no noise level of a schedule (1-D tensor) lies in the interval; return whether one does."""
@@ -85,8 +86,7 @@ class GuidanceInterval:
 
 @functools.lru_cache
 def _rounded(value, dtype):
-    """A number as a tensor of that dtype holds it, for comparison as in `GuidanceInterval.mask`."""
-    return torch.tensor(value, dtype=dtype).item()
+    return torch.tensor(value, dtype=dtype if dtype.is_floating_point else torch.float64).item()
 
 
 class CFGDenoiser(nn.Module):
@@ -163,7 +163,7 @@ class CFGDenoiser(nn.Module):
         """Index of the guided rows, or None when all are."""
         if self.plan is not None and (self.per_step or sigma.device.type != "cpu"):
             return None if self._next_in_plan(sigma) else ()
-        guides = self.interval.guides(sigma)  # The one host sync.
+        guides = self.interval.guided_rows(sigma)  # The one host sync.
         if all(guides):
             return None
         rows = [i for i, guided in enumerate(guides) if guided]
