@@ -203,7 +203,8 @@ def run_info(args):
             published = GuidanceInterval(preset.sigma_lo, preset.sigma_hi)
             print(f"  {preset.model}; published as {published} for data of scale {preset.sigma_data:g}")
             weight = "your usual one" if preset.weight is None else f"{preset.weight:g}"
-            everywhere = "" if preset.weight is None else f" ({preset.weight_everywhere:g} without the interval)"
+            everywhere = preset.weight_everywhere
+            everywhere = "" if everywhere is None else f" ({everywhere:g} without the interval)"
             chosen = "" if preset.metric is None else f"; chosen by {preset.metric}"
             print(f"  weight {weight}{everywhere}{chosen}\n  {preset.source}")
         span = noise_level.interval_to_steps(interval, sigmas)
