@@ -63,6 +63,24 @@ def schedule_args(sampler, sigmas):
     return (min(levels), max(levels), *([len(levels)] if "n" in takes else []))
 
 
+def evaluation_sigmas(sampler, *args, **kwargs):
+    """The noise levels at which a fixed-step sampler evaluates its model, in order: [evaluations].
+
+    Found by running `sampler(model, x, *args, **kwargs)` on one number; Heun's method, for one, evaluates twice
+    in a step.
+    """
+    seen = []
+
+    def record(x, sigma, **_):
+        seen.append(sigma[0])
+        return torch.zeros_like(x)
+
+    args = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args]
+    with torch.random.fork_rng(devices=[]):
+        sampler(record, torch.zeros(1, 1), *args, disable=True, **kwargs)
+    return torch.stack(seen)
+
+
 @torch.inference_mode()
 def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=None):
     """Sample `num` images, their classes in turn, and return `Samples`.

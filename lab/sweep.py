@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..sampler_patch import GuidanceInterval, evaluation_sigmas
+from ..sampler_patch import GuidanceInterval
 from . import model, plots
 from .files import atomic_path, output_folder
 from .metrics import Scores, score
-from .sampling import Setting, check_weight, get_sampler, karras_sigmas, sample, schedule_args
+from .sampling import Setting, check_weight, evaluation_sigmas, get_sampler, karras_sigmas, sample, schedule_args
 
 # ----------------------------------------------------------------------------
 # Cells.
@@ -178,7 +178,7 @@ def fingerprint(lab):
 @functools.cache
 def _evaluations(sampler, steps):
     sample_fn = get_sampler(sampler)
-    return evaluation_sigmas(sample_fn, *schedule_args(sample_fn, karras_sigmas(steps)))[:-1]
+    return evaluation_sigmas(sample_fn, *schedule_args(sample_fn, karras_sigmas(steps)))
 
 
 def rows_per_sample(job, cell):
