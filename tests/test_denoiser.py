@@ -498,6 +498,20 @@ def test_another_device_gives_what_the_cpu_gives_for_one_sync(levels, weight, th
     assert torch.equal(denoised.numbers, expected) and denoiser.rows == here.rows
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_k_diffusion_s_samplers_wait_for_the_device_themselves(sampler):
+    """Why each sigma is read: but for two of them, nothing would be saved."""
+    fn, sigmas = get_sampler(sampler), karras_sigmas(8)
+    with OtherDevice():
+        args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in schedule_args(fn, sigmas)]
+        kwargs = {"noise_sampler": lambda *_: 0.0} if "noise_sampler" in inspect.signature(fn).parameters else {}
+        x = torch.randn(2, 3).to("meta")
+        There.syncs = 0
+        fn(lambda x, sigma: x / 2, x, *args, disable=True, **kwargs)
+        waits = There.syncs
+    assert waits == 0 if sampler in ("lms", "dpm_fast") else waits >= 7
+
+
 def test_per_step_on_another_device_for_one_sync_per_evaluation():
     sigmas = karras_sigmas(8)
     levels = [s for step in itertools.pairwise(sigmas) for s in step][:-1]
