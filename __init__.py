@@ -4,7 +4,7 @@ The repository root is this package and, at once, a ComfyUI custom node folder a
 """
 
 from .presets import PRESETS, Preset, get_preset
-from .sampler_patch import CFGDenoiser, GuidanceInterval, evaluation_sigmas
+from .sampler_patch import CFGDenoiser, GuidanceInterval
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "GuidanceInterval",
     "Preset",
     "__version__",
-    "evaluation_sigmas",
     "get_preset",
 ]
 

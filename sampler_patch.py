@@ -9,9 +9,11 @@ unconditional one is never evaluated.
 import functools
 import math
 import numbers
+import reprlib
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -46,26 +48,27 @@ class GuidanceInterval:
 
     def __contains__(self, sigma):
         """Whether one noise level, a number or a tensor of one element, is guided."""
-        if isinstance(sigma, torch.Tensor):
-            if sigma.numel() != 1:
-                raise TypeError(f"`in` takes one sigma, got a tensor of shape {list(sigma.shape)}; use .mask(sigma)")
-            return bool(self.mask(sigma))
-        return self.sigma_lo < sigma <= self.sigma_hi
+        sigma = torch.as_tensor(sigma, dtype=torch.float64 if isinstance(sigma, (int, float)) else None)
+        if sigma.numel() != 1:
+            raise TypeError(f"`in` takes one sigma, got a tensor of shape {list(sigma.shape)}; use .mask(sigma)")
+        return self.guided_rows(sigma.reshape(1))[0]
 
     def mask(self, sigma):
-        """Which of the noise levels are guided: a bool tensor of the shape and on the device of `sigma`.
+        """Which of the noise levels are guided: a bool tensor of the shape and on the device of `sigma`."""
+        lo, hi = self._bounds(sigma.dtype)
+        return (sigma > lo) & (sigma <= hi)
 
-        The bounds are rounded to the dtype of `sigma`, so 5.42 contains float32(5.42).
-        """
-        return (sigma > self.sigma_lo) & (sigma <= self.sigma_hi)
-
-    def guides(self, sigma):
+    def guided_rows(self, sigma):
         """Which rows are guided, as a list: the `mask` of `sigma` [B], for a decision on the host.
 
         One copy to the host (a sync, where sigma is on an accelerator) and no kernel.
         """
-        lo, hi = _rounded(self.sigma_lo, sigma.dtype), _rounded(self.sigma_hi, sigma.dtype)
+        lo, hi = self._bounds(sigma.dtype)
         return [lo < level <= hi for level in sigma.tolist()]
+
+    def _bounds(self, dtype):
+        """(sigma_lo, sigma_hi) as a tensor of that dtype holds them: 5.42 contains float32(5.42), which is larger."""
+        return _rounded(self.sigma_lo, dtype), _rounded(self.sigma_hi, dtype)
 
     def warn_if_unused(self, sigmas):
         """Warn when no noise level of a schedule (1-D tensor) lies in the interval; return whether one does."""
@@ -85,8 +88,21 @@ class GuidanceInterval:
 
 @functools.lru_cache
 def _rounded(value, dtype):
-    """A number as a tensor of that dtype holds it, for comparison as in `GuidanceInterval.mask`."""
-    return torch.tensor(value, dtype=dtype).item()
+    return torch.tensor(value, dtype=dtype if dtype.is_floating_point else torch.float64).item()
+
+
+def _uncompiled(fn):
+    """Decorator: `torch.compiler.disable`, but loading the compiler (a second) at the first call, not at import."""
+    disabled = None
+
+    @functools.wraps(fn)
+    def call(*args):
+        nonlocal disabled
+        if disabled is None:
+            disabled = torch.compiler.disable(fn)
+        return disabled(*args)
+
+    return call
 
 
 class CFGDenoiser(nn.Module):
@@ -94,27 +110,27 @@ class CFGDenoiser(nn.Module):
 
     Samplers call `denoiser(x, sigma, cond={...}, uncond={...}, cond_scale=w)`, where `cond` and `uncond` are
     keyword arguments of `inner_model(x, sigma, **kwargs)`. The inner model sees one batch: the cond rows, then
-    the uncond rows of the guided rows, and no others. Each row is judged by its own sigma at every
-    evaluation. A `cond_scale` of 1 is no guidance and evaluates cond alone.
-
-    Learning which rows are guided costs one host sync per evaluation when sigma is on an accelerator. Given
-    `sigmas`, the schedule, it costs none: each evaluation takes the next entry, and the sigmas that came are
-    compared at the end of the run, which raises RuntimeError if it strayed. That is for samplers of one
-    evaluation per step; `evaluation_sigmas` lists the entries for others. On the CPU reading is free, and
-    sigma itself decides.
+    the uncond rows of the guided rows, and no others. A row is guided where its own sigma lies in the interval
+    and its weight is not 1 (which is no guidance), judged anew at every evaluation: one host sync where sigma is
+    on an accelerator.
 
     `per_step=True` judges a step as a whole by the sigma it starts from, as the authors' code does by step
     index (kynkaat/guidance-interval, sampling/edm_sampler.py): Heun's second evaluation keeps the decision of
-    the first. It needs the schedule as `sigmas`, and `sample_heun` or a sampler that evaluates like it.
+    the first. It needs the schedule as `sigmas`, and `sample_heun` or a sampler that evaluates like it; another
+    one is refused with RuntimeError at its first evaluation out of order.
+
+    `torch.compile` takes the wrapper or, better, the inner model; either way there are two graphs, of B rows and
+    of 2 B (docs/k-diffusion.md).
 
     Args:
         inner_model: a denoiser, `inner_model(x, sigma, **kwargs)` -> D(x; sigma), shaped like x.
         interval: a GuidanceInterval, or None for guidance everywhere.
-        sigmas: 1-D tensor of noise levels ending where the run ends (mostly 0), which is not evaluated.
+        sigmas: for per_step, the noise levels (1-D tensor, array or list) ending where the run ends (mostly 0),
+            which is not evaluated.
         per_step: judge by step instead of by evaluation.
 
     Attributes:
-        rows: batch rows that the inner model evaluated since `reset()`.
+        rows: batch rows handed to the inner model since `reset()`.
         evaluations: calls since `reset()`.
     """
 
@@ -123,102 +139,97 @@ class CFGDenoiser(nn.Module):
         if interval is None:
             interval = GuidanceInterval()
         if not isinstance(interval, GuidanceInterval):
-            raise TypeError(f"interval must be a GuidanceInterval or None, got {interval!r}")
+            raise TypeError(f"interval must be a GuidanceInterval or None, got {_describe(interval)}")
         if per_step and sigmas is None:
-            raise ValueError("per_step=True judges by step index: give the schedule as sigmas=...")
+            raise ValueError("per_step=True judges by step: give the schedule as sigmas=...")
+        if sigmas is not None and not per_step:
+            raise ValueError("sigmas is for per_step=True; without it, each evaluation is judged by its own sigma")
         self.inner_model = inner_model
         self.interval = interval
         self.per_step = per_step
-        self.plan = None if sigmas is None else self._plan(sigmas)
+        self.plan = _heun_plan(interval, sigmas) if per_step else None
         self.reset()
 
     def reset(self):
-        """Set the counters to zero and go back to the first entry of `sigmas`."""
-        self.rows = self.evaluations = 0
-        self.seen = []  # The sigmas of the run under way, when `sigmas` were given.
+        """Set the counters to zero and go back to the first of `sigmas`."""
+        self.rows = self.evaluations = self.position = 0
 
     def forward(self, x, sigma, cond, uncond, cond_scale):
         """Return the denoiser output, shaped like x.
 
-        x: [B, ...]; sigma: [B]; cond, uncond: dicts of tensors [B, ...] or of such dicts, with the same keys
-        (a value that is no tensor must be the same in both); cond_scale: the guidance weight, a number.
+        x: [B, ...]; sigma: [B]; cond, uncond: dicts of tensors [B, ...], or of dicts, lists or tuples of them,
+        alike but for what the tensors hold (any other value must be equal in both); cond_scale: the guidance
+        weight, a number or one for each row. Raises TypeError or ValueError before anything is evaluated.
         """
-        batch = x.shape[0]
-        if sigma.shape != (batch,):
-            raise ValueError(f"sigma must have shape [{batch}], one per row of x, got {list(sigma.shape)}")
-        guided = self._guided_rows(sigma)
-        num_guided = batch if guided is None else len(guided)
-        if num_guided == 0 or cond_scale == 1:
-            num_guided = 0
-            denoised = self.inner_model(x, sigma, **cond)
-        else:
-            x_in, sigma_in = _join(x, x, guided), _join(sigma, sigma, guided)
-            denoised = self.inner_model(x_in, sigma_in, **_join_kwargs(cond, uncond, guided, batch))
-            denoised = _guide(denoised[:batch], denoised[batch:], guided, cond_scale)
+        guided, weight = self._decide(x, sigma, cond, uncond, cond_scale)
+        if guided is False:
+            return self.inner_model(x, sigma, **cond)
+        x_in, sigma_in, kwargs = _join((x, sigma, cond), (x, sigma, uncond), guided)
+        denoised = self.inner_model(x_in, sigma_in, **kwargs)  # [B + guided, ...]
+        c, u = denoised[: len(x)], denoised[len(x) :]
+        if guided is True:
+            return _guide(c, u, weight)
+        return c.index_copy(0, guided, _guide(c[guided], u, weight))
+
+    @_uncompiled
+    def _decide(self, x, sigma, cond, uncond, cond_scale):
+        """Check and count an evaluation. Returns which rows are guided, True for all, False for none or their
+        index [guided], and their weight: a number, or a tensor [guided, 1, ...].
+        """
+        batch = len(x)
+        if not isinstance(sigma, torch.Tensor) or sigma.shape != (batch,):
+            error = ValueError if isinstance(sigma, torch.Tensor) else TypeError
+            raise error(f"sigma must be a tensor of shape [{batch}], one per row of x, got {_describe(sigma)}")
+        if not isinstance(cond, dict) or not isinstance(uncond, dict):
+            name, value = ("uncond", uncond) if isinstance(cond, dict) else ("cond", cond)
+            raise TypeError(
+                f"{name} must be a dict of keyword arguments of the model, such as {{'context': tensor}}, "
+                f"got {_describe(value)}"
+            )
+        _check(cond, uncond, batch)
+        weights, weight = _weights(cond_scale, x)
+        guided = self.interval.guided_rows(sigma) if self.plan is None else [self._guided_step(sigma)] * batch
+        guided = [g and w != 1 for g, w in zip(guided, weights, strict=True)]
+        num_guided = sum(guided)
         self.rows += batch + num_guided
         self.evaluations += 1
-        return denoised
+        if num_guided == 0:
+            return False, None
+        if num_guided == batch:
+            return True, weight
+        index = torch.tensor([i for i, g in enumerate(guided) if g]).to(x.device, non_blocking=True)
+        return index, weight[index] if isinstance(weight, torch.Tensor) else weight
 
-    def _guided_rows(self, sigma):
-        """Index of the guided rows, or None when all are."""
-        if self.plan is not None and (self.per_step or sigma.device.type != "cpu"):
-            return None if self._next_in_plan(sigma) else ()
-        guides = self.interval.guides(sigma)  # The one host sync.
-        if all(guides):
-            return None
-        rows = [i for i, guided in enumerate(guides) if guided]
-        return torch.tensor(rows).to(sigma.device, non_blocking=True) if rows else ()
-
-    def _plan(self, sigmas):
-        """`[(sigma, guided)]` of each evaluation to come."""
-        if sigmas.ndim != 1 or len(sigmas) < 2:
-            raise ValueError(f"sigmas must be 1-D, at least 2 noise levels, got shape {list(sigmas.shape)}")
-        sigmas = sigmas.detach().cpu()
-        self.interval.warn_if_unused(sigmas[:-1])
-        levels, guided = sigmas.tolist(), self.interval.mask(sigmas).tolist()
-        if not self.per_step:
-            return list(zip(levels, guided, strict=True))[:-1]
-        steps = zip(levels[:-1], levels[1:], guided[:-1], strict=True)
-        plan = [(level, g) for start, end, g in steps for level in (start, end)]
-        return plan if levels[-1] > 0 else plan[:-1]  # Heun's method takes no second evaluation at 0.
-
-    def _next_in_plan(self, sigma):
-        """The decision that stands next; the sigmas are compared when reading them costs no more than one sync."""
-        guided = self.plan[len(self.seen)][1]
-        self.seen.append(sigma)
-        at_end = len(self.seen) == len(self.plan)
-        if at_end or sigma.device.type == "cpu":
-            expected = [level for (level, _), s in zip(self.plan, self.seen, strict=False) for _ in s]
-            came = torch.cat(self.seen).cpu()
-            tolerance = max(1e-4, 4 * torch.finfo(came.dtype).eps)  # A sampler may compute sigma from -log(sigma).
-            if not torch.allclose(came.double(), torch.tensor(expected).double(), rtol=tolerance, atol=0):
-                self.reset()
-                raise RuntimeError(
-                    f"the sampler did not evaluate at the given sigmas in their order, {len(self.plan)} evaluations "
-                    f"from {self.plan[0][0]:.4g} to {self.plan[-1][0]:.4g}: see evaluation_sigmas, or leave sigmas out "
-                    "(per_step=True is for sample_heun); call reset() after a run that was cut short"
-                )
-        if at_end:
-            self.seen = []
-        return guided
+    def _guided_step(self, sigma):
+        """Whether the step under way is guided; raises RuntimeError unless Heun's method evaluates at sigma next."""
+        levels = sigma.tolist()
+        tolerance = max(1e-4, torch.finfo(sigma.dtype).eps)  # A sampler may compute sigma from its logarithm.
+        for position in (self.position, 0):  # 0: a new run, after one that was cut short.
+            expected, guided = self.plan[position]
+            strays = [level for level in levels if not math.isclose(level, expected, rel_tol=tolerance)]
+            if not strays:
+                self.position = (position + 1) % len(self.plan)
+                return guided
+        position, self.position = self.position, 0
+        raise RuntimeError(
+            f"per_step=True follows sample_heun through the given sigmas: evaluation {position + 1} of "
+            f"{len(self.plan)} is at {self.plan[position][0]:.4g}, but the sampler evaluates at {strays[0]:.4g}; "
+            "leave per_step and sigmas out for another sampler or schedule"
+        )
 
 
-def evaluation_sigmas(sampler, *args, **kwargs):
-    """The noise levels at which a fixed-step sampler evaluates its model, in order, ending in a 0 that it does not.
-
-    `evaluation_sigmas(sample_heun, sigmas)` is what `CFGDenoiser(..., sigmas=...)` needs for a sampler of
-    several evaluations per step. Found by running `sampler(model, x, *args, **kwargs)` on one number.
-    """
-    seen = []
-
-    def record(x, sigma, **_):
-        seen.append(sigma[0])
-        return torch.zeros_like(x)
-
-    args = [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args]
-    with torch.random.fork_rng(devices=[]):
-        sampler(record, torch.zeros(1, 1), *args, disable=True, **kwargs)
-    return torch.stack([*seen, torch.zeros_like(seen[0])])
+def _heun_plan(interval, sigmas):
+    """`[(sigma, guided)]` of each evaluation of Heun's method: a step's second one keeps the decision of the first."""
+    try:
+        sigmas = torch.as_tensor(sigmas).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"sigmas must be a tensor, an array or a list of noise levels, got {_describe(sigmas)}") from e
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"sigmas must be 1-D, at least 2 noise levels, got shape {list(sigmas.shape)}")
+    interval.warn_if_unused(sigmas[:-1])
+    levels, guided = sigmas.tolist(), interval.guided_rows(sigmas)
+    plan = [(level, g) for start, end, g in zip(levels, levels[1:], guided, strict=False) for level in (start, end)]
+    return plan if levels[-1] > 0 else plan[:-1]  # Heun's method takes no second evaluation at 0.
 
 
 # ----------------------------------------------------------------------------
@@ -226,43 +237,91 @@ def evaluation_sigmas(sampler, *args, **kwargs):
 
 
 def _join(cond, uncond, guided):
-    """cond [B, ...] above the guided rows of uncond [B, ...]: [B + guided, ...]; guided None takes all."""
-    return torch.cat([cond, uncond if guided is None else uncond[guided]])
+    """Tensors [B, ...] of cond above the guided rows of uncond's: [B + guided, ...], within dicts, lists and tuples."""
+    if isinstance(cond, torch.Tensor):
+        return torch.cat([cond, uncond if guided is True else uncond[guided]])
+    if isinstance(cond, dict):
+        return {key: _join(c, uncond[key], guided) for key, c in cond.items()}
+    if isinstance(cond, (list, tuple)):
+        return type(cond)([_join(c, uncond[i], guided) for i, c in enumerate(cond)])
+    return cond
 
 
-def _guide(cond, uncond, guided, cond_scale):
-    """The guided rows of cond [B, ...] moved away from uncond [guided, ...] (Ho & Salimans 2022, eq. 6)."""
-    if guided is None:
-        return uncond + (cond - uncond) * cond_scale
-    return cond.index_copy(0, guided, uncond + (cond[guided] - uncond) * cond_scale)
+def _guide(cond, uncond, weight):
+    """uncond + (cond - uncond) * weight: Ho & Salimans (2022), eq. 6, with weight 1 for no guidance."""
+    return (cond - uncond).mul_(weight).add_(uncond)  # In place: the weights' dtype may be wider.
 
 
-def _join_kwargs(cond, uncond, guided, batch, name=""):
-    if not isinstance(cond, dict) or not isinstance(uncond, dict):
-        bad, value = ("uncond", uncond) if isinstance(cond, dict) else ("cond", cond)
-        raise TypeError(f"{bad}{name} must be a dict of keyword arguments, got {type(value).__name__}")
-    if cond.keys() != uncond.keys():
-        raise ValueError(
-            f"cond{name} and uncond{name} must have the same keys, got {sorted(map(str, cond))} and "
-            f"{sorted(map(str, uncond))}"
-        )
-    joined = {}
-    for key, c in cond.items():
-        u = uncond[key]
-        if isinstance(c, torch.Tensor) and isinstance(u, torch.Tensor):
-            if c.shape[:1] != (batch,) or c.shape != u.shape:
-                raise ValueError(
-                    f"cond{name}[{key!r}] and uncond{name}[{key!r}] must have the same shape, with the batch size "
-                    f"{batch} of x first, got {list(c.shape)} and {list(u.shape)}; pad or repeat the shorter one"
-                )
-            joined[key] = _join(c, u, guided)
-        elif isinstance(c, dict) or isinstance(u, dict):
-            joined[key] = _join_kwargs(c, u, guided, batch, f"{name}[{key!r}]")
-        elif type(c) is type(u) and c == u:
-            joined[key] = c
-        else:
-            raise TypeError(
-                f"cond{name}[{key!r}] and uncond{name}[{key!r}] must be tensors or dicts of tensors, or the same "
-                f"value, got {c!r} and {u!r}"
+# ----------------------------------------------------------------------------
+# Checks of what a sampler hands on from its user.
+
+
+def _check(cond, uncond, batch, where=""):
+    """Raise TypeError or ValueError unless `_join` can join the two; where: the keys that lead to them."""
+    if isinstance(cond, torch.Tensor) and isinstance(uncond, torch.Tensor):
+        same = cond.shape == uncond.shape and cond.dtype == uncond.dtype and cond.device == uncond.device
+        if not same or cond.shape[:1] != (batch,):
+            raise ValueError(
+                f"cond{where} and uncond{where} must have the same shape, dtype and device, with the batch size "
+                f"{batch} of x first, got {_describe(cond)} and {_describe(uncond)}; pad or repeat the shorter one"
             )
-    return joined
+    elif isinstance(cond, dict) and isinstance(uncond, dict):
+        if cond.keys() != uncond.keys():
+            raise ValueError(
+                f"cond{where} and uncond{where} must have the same keys, got {_describe(cond)} and {_describe(uncond)}"
+            )
+        for key, value in cond.items():
+            _check(value, uncond[key], batch, f"{where}[{key!r}]")
+    elif type(cond) is type(uncond) and type(cond) in (list, tuple) and len(cond) == len(uncond):
+        for i, value in enumerate(cond):
+            _check(value, uncond[i], batch, f"{where}[{i}]")
+    elif isinstance(cond, (list, tuple)) or not _equal(cond, uncond):
+        raise TypeError(
+            f"cond{where} and uncond{where} must be alike: tensors with a row for each of x, or dicts, lists or tuples "
+            f"of them, or one value for all rows, equal in both; got {_describe(cond)} and {_describe(uncond)}"
+        )
+
+
+def _weights(cond_scale, x):
+    """The weight of each row as a list, and as what to multiply with: a number, or a tensor [B, 1, ...]."""
+    if isinstance(cond_scale, (int, float)):
+        weight = float(cond_scale)
+        weights = [weight] * len(x)
+    else:
+        try:  # In the precision in which torch multiplies x with a number, so that the rows come out as with one.
+            weight = torch.as_tensor(cond_scale, dtype=torch.promote_types(x.dtype, torch.float32))
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise TypeError(f"cond_scale must be a number or one per row, got {_describe(cond_scale)}") from e
+        if weight.shape not in ((), (len(x),)):
+            raise ValueError(f"cond_scale must be a number or {len(x)}, one per row, got {_describe(cond_scale)}")
+        weight = weight.expand(len(x))
+        weights = weight.tolist()  # One more sync, if it is on an accelerator.
+        weight = weight.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"cond_scale must be finite, got {next(w for w in weights if not math.isfinite(w))}")
+    return weights, weight
+
+
+def _equal(a, b):
+    if a is b:
+        return True
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return False
+    try:
+        return np.array_equal(a, b)
+    except (TypeError, ValueError, RuntimeError):  # Objects of others, which may compare to anything.
+        return False
+
+
+def _describe(value):
+    """A value in a few words, for an error message; never what a tensor holds."""
+    kind = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        return f"{kind} {list(value.shape)} {value.dtype} on {value.device}".replace("torch.", "")
+    if isinstance(value, np.ndarray):
+        return f"{kind} {list(value.shape)} {value.dtype}"
+    if isinstance(value, dict):
+        return f"{kind} of {reprlib.repr(sorted(map(str, value)))}"
+    if isinstance(value, (list, tuple)):
+        return f"{kind} of {len(value)}"
+    return f"{kind} {reprlib.repr(value)}" if isinstance(value, (str, bytes, numbers.Number)) else kind

@@ -36,21 +36,15 @@ def main():
     x = torch.randn(b, 4, 64, 64, device=device)
     cond, uncond = ({"context": torch.randn(b, 77, 64, device=device)} for _ in range(2))
     inside, outside = torch.full([b], 1.0, device=device), torch.full([b], 10.0, device=device)
-    schedule = torch.ones(args.evaluations + 1)
-    ours, planned = CFGDenoiser(identity, INTERVAL), CFGDenoiser(identity, INTERVAL, sigmas=schedule)
-    planned_outside = CFGDenoiser(identity, INTERVAL, sigmas=torch.cat([schedule[1:] * 10, torch.tensor([1.0, 0.0])]))
+    ours = CFGDenoiser(identity, INTERVAL)
     cases = {
         "CFG by hand": (closure, inside),
         "CFGDenoiser, guided": (ours, inside),
-        "CFGDenoiser, guided, schedule given": (planned, inside),
         "cond by hand": (lambda x, sigma, cond, uncond, cond_scale: identity(x, sigma, **cond), outside),
         "CFGDenoiser, not guided": (ours, outside),
-        "CFGDenoiser, not guided, schedule given": (planned_outside, outside),
     }
 
     def measure(fn, sigma):
-        if isinstance(fn, CFGDenoiser):
-            fn.reset()
         begin = time.perf_counter()
         for _ in range(args.evaluations):
             fn(x, sigma, cond=cond, uncond=uncond, cond_scale=3.0)

@@ -115,7 +115,7 @@ class IntervalPatch:
             run.say(f"{nothing}: nothing to limit")
             return executor(x, sigma, model_options, seed)
 
-        guided = run.interval.guides(sigma)  # The one host sync.
+        guided = run.interval.guided_rows(sigma)  # The one host sync.
         if all(guided):
             return executor(x, sigma, model_options, seed)
         if self.outside == KEEP_PATCHES:

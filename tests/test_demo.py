@@ -137,6 +137,7 @@ def test_info_shows_presets_and_what_they_guide(capsys):
         "[.....ggggggggg......]\n  9 of 20 steps are guided (5 to 13): 29 network rows per image instead of 40" in out
     )
     assert "edm2-xxl-fid" in out and "arXiv 2404.07724" in out and "weight 2 (1.2 without the interval)" in out
+    assert "weight 16; chosen by visual inspection" in out and "section 4.3" in out
 
 
 def test_info_of_an_interval_of_one_s_own(capsys):

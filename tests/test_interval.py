@@ -5,6 +5,7 @@ import dataclasses
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from guidance_interval import GuidanceInterval
@@ -27,6 +28,35 @@ def test_edges_are_half_open_in_every_dtype(dtype):
     assert GuidanceInterval(0.28, 5.42).mask(sigma).tolist() == [False, True, False, True, False, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("lo", "hi"), [(0.28, 5.42), (0.1, 2.7), (0.3, 14.61), (0.0625, 4.0)])
+def test_mask_rows_and_membership_agree_next_to_the_bounds(lo, hi, dtype):
+    """Bounds that a dtype holds too high, too low or as they are; sigmas at most one last bit away."""
+    bounds = torch.tensor([lo, hi], dtype=dtype)
+    below, above = bounds.nextafter(torch.zeros_like(bounds)), bounds.nextafter(torch.full_like(bounds, math.inf))
+    sigma = torch.stack([below, bounds, above], dim=1).flatten()
+    expected = [False, False, True, True, True, False]
+    interval = GuidanceInterval(lo, hi)
+    assert interval.mask(sigma).tolist() == expected
+    assert interval.guided_rows(sigma) == expected
+    assert [s in interval for s in sigma] == expected
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numpy_s_numbers_are_judged_in_their_own_precision(kind):
+    interval = GuidanceInterval(0.28, 5.42)
+    assert kind(5.42) in interval and kind(0.28) not in interval
+    assert np.nextafter(kind(5.42), kind(9)) not in interval and np.nextafter(kind(0.28), kind(9)) in interval
+
+
+def test_whole_numbers_are_judged_as_they_are():
+    interval = GuidanceInterval(0.28, 5.42)
+    sigma = torch.tensor([0, 1, 5, 6])
+    assert interval.mask(sigma).tolist() == interval.guided_rows(sigma) == [False, True, True, False]
+    assert GuidanceInterval().guided_rows(sigma) == [False, True, True, True]
+    assert 5 in interval and np.int64(6) not in interval
+
+
 def test_edges_of_numbers():
     interval = GuidanceInterval(0.28, 5.42)
     assert 5.42 in interval and 0.3 in interval
@@ -47,7 +77,7 @@ def test_mask_is_membership_of_each_element(interval, values, dtype):
     assert mask.dtype == torch.bool and mask.shape == sigma.shape
     lo, hi = torch.tensor([interval.sigma_lo, interval.sigma_hi], dtype=torch.float64).to(dtype).tolist()
     assert mask.flatten().tolist() == [lo < s <= hi for s in sigma.flatten().tolist()]
-    assert interval.guides(sigma.flatten()) == mask.flatten().tolist()
+    assert interval.guided_rows(sigma.flatten()) == mask.flatten().tolist()
     for s, m in zip(sigma.flatten(), mask.flatten(), strict=True):
         assert (s in interval) == m
 

@@ -183,6 +183,23 @@ def test_sampling_leaves_the_random_state_alone(lab):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    "sampler", ["euler", "heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "dpm_fast"]
+)
+def test_evaluation_sigmas_are_those_of_a_run(lab, sampler):
+    fn, sigmas, seen = sampling.get_sampler(sampler), sampling.karras_sigmas(8), []
+
+    def denoiser(x, sigma):
+        seen.append(sigma[0])
+        return lab.denoiser(x, sigma, class_cond=torch.zeros(2, dtype=torch.long))
+
+    state = torch.random.get_rng_state()
+    listed = sampling.evaluation_sigmas(fn, *sampling.schedule_args(fn, sigmas))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    fn(denoiser, torch.randn(2, 1, 28, 28) * sigmas[0], *sampling.schedule_args(fn, sigmas), disable=True)
+    torch.testing.assert_close(listed, torch.stack(seen))
+
+
 def test_rows_per_sample_are_those_of_the_schedule(lab):
     interval = GuidanceInterval(0.1, 2.5)
     sigmas = sampling.karras_sigmas(8)
