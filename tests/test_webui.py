@@ -137,14 +137,14 @@ class Inner(torch.nn.Module):
 
 
 def announce(weights, uncond_rows, guided):
-    """`(inner, params, run)` as A1111 has them at a call whose images join prompts of these weights."""
+    """`(inner, params, generation)` as A1111 has them at a call whose images join prompts of these weights."""
     prompts = sum(map(len, weights))
     inner = Inner()
     batch = [[types.SimpleNamespace(weight=w) for w in image] for image in weights]
     cond = types.SimpleNamespace(batch=batch)
     sampler = types.SimpleNamespace(sampler_extra_args={"cond": cond})
     interval = GuidanceInterval() if guided else None
-    run = patch.Run(st.Settings(interval))
+    run = patch.Generation(st.Settings(interval))
     denoiser = types.SimpleNamespace(
         inner_model=inner,
         sampler=sampler,
