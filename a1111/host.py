@@ -84,7 +84,10 @@ def refuse(p, error):
 
 
 def check(p):
-    """After a batch was sampled: say once if the web UI evaluates its model in an unknown way."""
+    """Say once if the web UI evaluates its model in an unknown way.
+
+    Called after a batch was sampled and before the host sets its count of steps back.
+    """
     generation = getattr(p, ATTRIBUTE, None)
     if generation is None or (generation.calls and generation.unknown is None):
         return
@@ -110,19 +113,19 @@ def end(p):
 # The dropdown.
 
 
-def from_script(p, controls, compared):
-    """The Settings of the dropdown script's arguments; raises GuidanceIntervalError."""
-    accordion = accordion_of(p)
-    surplus = len(p.script_args) - len(p.scripts.inputs)
-    wanted = len(controls) + 1
+def from_script(p, script, args):
+    """`(Settings, whether to compare)` from the arguments of the dropdown `script`; raises GuidanceIntervalError."""
+    wanted = script.args_to - script.args_from
+    given = wanted + len(p.script_args) - len(p.scripts.inputs)
     try:
-        if surplus:  # The host puts the arguments of other scripts in the place of those that are missing.
-            raise ValueError(f"the script takes {wanted} arguments, got {wanted + surplus}")
-        if p.script_args[accordion.args_from]:
+        if given != wanted:  # The host puts the arguments of other scripts in the place of those that are missing.
+            raise ValueError(f"the script takes {wanted} arguments, got {given}")
+        if p.script_args[accordion_of(p).args_from]:
             raise ValueError("it is on twice: choose the script in the dropdown or the accordion, not both")
+        *controls, compared = args
         if not isinstance(compared, bool):
             raise ValueError(f"the last argument, whether to compare, must be true or false, got {compared!r}")
-        return checked(p, controls)
+        return checked(p, controls), compared
     except ValueError as e:
         raise GuidanceIntervalError(str(e)) from e
 

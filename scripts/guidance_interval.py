@@ -58,7 +58,7 @@ class Accordion(scripts.Script):
     def process(self, p, *args):
         host.begin(p, *args)
 
-    def postprocess_batch(self, p, *args, **kwargs):
+    def post_sample(self, p, *args):
         host.check(p)
 
     def postprocess(self, p, processed, *args):
@@ -82,8 +82,7 @@ class Dropdown(scripts.Script):
         return [*components, compared]
 
     def run(self, p, *args):
-        *controls, compared = args
-        chosen = host.from_script(p, controls, compared)
+        chosen, compared = host.from_script(p, self, args)
         if compared:
             return compare.run(p, chosen)
         setattr(p, host.SETTINGS_ATTRIBUTE, chosen)
