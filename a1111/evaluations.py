@@ -221,6 +221,9 @@ class _Recorder:
     def __getattr__(self, name):
         return getattr(self.denoiser, name)
 
+    def __delattr__(self, name):
+        vars(self).pop(name, None)  # Of the denoiser, which some samplers of reForge set and delete attributes of.
+
     def __call__(self, x, sigma, **kwargs):
         if len(self.sigmas) == MAX_EVALUATIONS:
             raise _TooMany
