@@ -27,7 +27,9 @@ from .sampler_patch import GuidanceInterval
 
 
 def _float64(value):
-    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _conversion(low, high):
@@ -108,7 +110,8 @@ class Timesteps:
 
     def sigma(self, timestep):
         """Noise levels, a float64 tensor like `timestep`; beyond either end they are those of the end."""
-        return torch.as_tensor(np.exp(np.interp(_float64(timestep), self.timesteps, self.log_sigmas)))
+        log_sigma = np.interp(_float64(timestep).numpy(), self.timesteps, self.log_sigmas)
+        return torch.from_numpy(np.asarray(np.exp(log_sigma)))
 
 
 @_conversion(0, 1)

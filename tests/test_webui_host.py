@@ -655,7 +655,7 @@ def test_the_picture_follows_the_controls(host):
     assert "of 10 steps" in html.value
     components["txt2img_prompt"].value = "a cat AND a dog"
     components["txt2img_prompt"].fire()
-    assert "25 network rows per image instead of 30" in html.value
+    assert "24 network rows per image instead of 30" in html.value
     lo.value = 9
     lo.fire()
     assert "swap them" in html.value and "<svg" not in html.value
