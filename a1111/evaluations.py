@@ -12,7 +12,7 @@ from .patch import noise_levels_of
 from .picture import Pass
 
 SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
-MAX_EVALUATIONS = 2000
+MAX_EVALUATIONS = 1000
 MAX_KEPT = 64
 _kept = {}  # Noise levels of the last schedules, to be shown while an image is being made.
 
@@ -128,9 +128,9 @@ def _evaluated(model, sampler_name, scheduler, steps, denoising, hires):
             recorder = _Recorder(sampler.model_wrap_cfg, network)
             _trial_run(sampler, recorder, scheduler, steps, denoising, hires)
             runs.append(recorder.noise_levels())
-        except _TooMany as e:
-            raise Unknown(depends) from e
         except Exception as e:  # Of any sampler that there is, and of any that an extension adds.
+            if runs or isinstance(e, _TooMany):
+                raise Unknown(depends) from e
             raise Unknown(f"{sampler_name}: the steps cannot be told ({type(e).__name__}: {e}).") from e
     if len(runs[0]) != len(runs[1]) or not torch.allclose(*runs, rtol=1e-4, atol=0):
         raise Unknown(depends)

@@ -536,8 +536,8 @@ def plot(host):
         for info in infos:
             info.axis.confirm(p, info.values)
         infos += [AxisInfo(AxisOption("Nothing", str, lambda p, x, xs: None), [0])] * (3 - len(infos))
-        for letter, info in zip("xyz", infos, strict=True):
-            setattr(host.shared.state, f"xyz_plot_{letter}", info if state else None)
+        for letter, info in zip("xyz" if state else "", infos, strict=False):
+            setattr(host.shared.state, f"xyz_plot_{letter}", info)
         cells = []
         for x in infos[0].values:
             for y in infos[1].values:
@@ -575,6 +575,8 @@ def test_a_plot_with_an_impossible_cell_is_refused(host, plot, axes, said):
 
 
 def test_another_script_over_the_axes_has_an_empty_cell_and_no_wrong_one(host, plot):
+    with pytest.raises(ValueError):
+        plot({"sigma_hi": [0.1]})  # An earlier plot, whose axes still stand in the host's state.
     cells = plot({"sigma_lo": [0.28, 6.0]}, state=False)
     assert cells[1] is None and cells[0].infotexts == [{"Guidance interval": "0.28-5.42"}]
 
@@ -729,6 +731,10 @@ def test_a_sampler_that_goes_by_the_image_is_not_told(host):
             for _ in range(2 if model(x, sigma[None]).any() else 1):
                 model(x, sigma[None])
 
+    def impatient(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        if model(x, sigmas[:1]).any():
+            raise AssertionError("too many steps")
+
     def endless(model, x, sigmas, extra_args=None, callback=None, disable=None):
         while True:
             model(x, sigmas[:1])
@@ -739,10 +745,17 @@ def test_a_sampler_that_goes_by_the_image_is_not_told(host):
     def failing(model, x, sigmas, extra_args=None, callback=None, disable=None):
         raise IndexError("steps")
 
-    host.functions |= {"adaptive": adaptive, "endless": endless, "never": never, "failing": failing}
+    host.functions |= {
+        "adaptive": adaptive,
+        "impatient": impatient,
+        "endless": endless,
+        "never": never,
+        "failing": failing,
+    }
     evaluations, st = host.script.ui.evaluations, host.script.settings
     said = {
         "adaptive": "depends on the image",
+        "impatient": "depends on the image",
         "endless": "depends on the image",
         "never": "at no step",
         "failing": "IndexError: steps",
