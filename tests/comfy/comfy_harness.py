@@ -379,7 +379,8 @@ def judge(stack, patch, sampler_name, sigmas, latent, guided, outside="condition
     cfg_pp = "cfg_pp" in sampler_name
     kwargs = {"seed": seed, "noise_mask": noise_mask}
     guider = stack(patch)
-    others = [getattr(guider, n) for n in ("model_negative", "uncond_model_patcher") if hasattr(guider, n)]
+    others = [guider.uncond_model_patcher] if hasattr(guider, "uncond_model_patcher") else []
+    others += [guider.second.model_patcher] if hasattr(guider, "second") else []
     with torch.inference_mode(), counted_rows(guider.model_patcher, *others) as rows:
         sampler = comfy.samplers.sampler_object(sampler_name)
         evaluations, final = record(guider, sampler, sigmas, latent, rows, cfg_pp, **kwargs)
