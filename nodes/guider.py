@@ -1,5 +1,6 @@
 """A guider whose unconditional prediction comes from a second model: autoguidance (Karras et al. 2024)."""
 
+import contextlib
 import copy
 import logging
 import math
@@ -25,7 +26,7 @@ class TwoModelGuider(comfy.samplers.CFGGuider):
     def __init__(self, model, model_negative):
         _check_kinship(model.model, model_negative.model)
         super().__init__(model.clone())
-        self.second = comfy.samplers.CFGGuider(with_own_weights(model_negative, model))
+        self.second = _OneCondGuider(with_own_weights(model_negative, model))
 
     def set_conds(self, positive, negative):
         super().set_conds(positive, negative)
@@ -40,14 +41,18 @@ class TwoModelGuider(comfy.samplers.CFGGuider):
         if not second.is_clone(self.model_patcher):  # Loaded together, neither drives out the other.
             self.model_patcher.set_additional_models(host.KEY, [second])
         rest = (denoise_mask, callback, disable_pbar, seed)
-        samples = []
+        samples, outside = [], comfy.samplers.sampling_function
 
         def within(denoiser, noise_, sigmas_, extra_args, callback=None, disable=None):
+            of_second = comfy.samplers.sampling_function
+
             def predict_negative(x, sigma):
-                return self.second(x, sigma, extra_args["model_options"], seed)
+                with _in_force(of_second):
+                    return self.second(x, sigma, extra_args["model_options"], seed)
 
             self.predict_negative = predict_negative
-            samples.append(super(TwoModelGuider, self).sample(noise, latent_image, sampler, sigmas, *rest))
+            with _in_force(outside):
+                samples.append(super(TwoModelGuider, self).sample(noise, latent_image, sampler, sigmas, *rest))
             return noise_
 
         try:
@@ -71,6 +76,24 @@ class TwoModelGuider(comfy.samplers.CFGGuider):
                 "that takes no unconditional prediction but its own: disconnect it, or leave out that pack's node"
             )
         return denoised
+
+
+class _OneCondGuider(comfy.samplers.CFGGuider):
+    """The prediction for one cond, with what is patched on the model, at weight 1 whatever a node pack has set."""
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006
+        told = host.sampling_function(self.inner_model, x, timestep, self.conds["positive"], 1.0, model_options, seed)
+        return super().predict_noise(x, timestep, model_options, seed) if told is None else told
+
+
+@contextlib.contextmanager
+def _in_force(sampling_function):
+    """Node packs replace it for a run: what one of the two models has, the other must not meet."""
+    before, comfy.samplers.sampling_function = comfy.samplers.sampling_function, sampling_function
+    try:
+        yield
+    finally:
+        comfy.samplers.sampling_function = before
 
 
 def _check_kinship(model, model_negative):
@@ -107,8 +130,9 @@ def with_own_weights(model, other):
         return model.clone(disable_dynamic=True)
     comfy.model_management.unload_all_models()  # Off the GPU, and unpatched.
     own = model.clone()
+    config = getattr(model.model, "model_config", None)  # Read alone, and not made to be copied.
     try:
-        own.model = copy.deepcopy(model.model)
+        own.model = copy.deepcopy(model.model, {id(config): config})
     except Exception as error:
         raise ValueError(
             "model and model_negative share their weights, and these cannot be copied "
