@@ -90,13 +90,13 @@ def call_patch(patch, model, device):
     import comfy.samplers
     from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-    (wrapper,) = model.get_wrappers(WrappersMP.PREDICT_NOISE, patch.KEY)
+    (wrapper,) = model.get_wrappers(WrappersMP.PREDICT_NOISE, patch.host.KEY)
     guider = comfy.samplers.CFGGuider(model)
     guider.conds, guider.cfg = {"positive": [], "negative": []}, 7.0
-    guider.model_options = {patch.KEY: patch.Run(patch.model_interval(model))}
+    setattr(guider, patch.host.KEY, patch.SamplingRun(patch.model_interval(model)))
     executor = WrapperExecutor.new_class_executor(lambda x, *args: x, guider, [wrapper])
     x, sigma = torch.zeros(4, 4, 8, 8, device=device), torch.full((4,), 1.0, device=device)
-    return lambda: executor.execute(x, sigma, guider.model_options, 0)
+    return lambda: executor.execute(x, sigma, {}, 0)
 
 
 def cost_of_patch(patch, model, device, calls=2000):

@@ -353,8 +353,8 @@ class IntervalComparison(io.ComfyNode):
         return _schema(
             node_id="GuidanceIntervalCompare",
             display_name="Guidance Interval Compare",
-            description="Samples one seed with CFG everywhere, in each interval of a list, and as outside an interval "
-            "throughout, and lays the images side by side with what each cost.",
+            description="Samples one seed with CFG everywhere, in each interval of a list, and with no guidance, and "
+            "lays the images side by side with what each cost.",
             inputs=[
                 _model("The model to sample with; an interval that it has is left out."),
                 io.Conditioning.Input("positive", tooltip="What the image is to show."),

@@ -201,6 +201,21 @@ def loaded_again(kind, seed=0):
     return ModelPatcher(_base_model.__wrapped__(kind, seed), load_device=cpu, offload_device=cpu)
 
 
+@functools.cache
+def tiny_vae(kind):
+    """A VAE of random weights for pictures or for video."""
+    import comfy.sd
+    from comfy.ldm.wan.vae import WanVAE
+    from comfy.taesd.taesd import TAESD
+
+    if kind == "video":
+        vae = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
+    else:
+        vae = TAESD(latent_channels=16 if kind == "flow" else 4)
+    randomize(vae, seed=2, biases=0.1 if kind == "video" else 1.0)
+    return comfy.sd.VAE(sd=vae.state_dict())
+
+
 def conditioning(seed, tokens=7):
     """Of every tiny model: each takes what it knows."""
     generator = torch.Generator().manual_seed(seed)
