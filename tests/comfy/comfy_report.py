@@ -13,8 +13,9 @@ HEAD = """\
 # What was tested in ComfyUI, cell by cell
 
 Written by the tests: `python -m pytest tests/comfy --write-compatibility`, with `COMFYUI_PATH` naming the ComfyUI to
-test (without it, the one that `make test` installs) and `ANIMATEDIFF_PATH` a clone of AnimateDiff-Evolved. Each cell samples with tiny random-weight models in the real
-ComfyUI and compares every single evaluation, from the same x, with references that do not know our node:
+test (without it, the one that `make test` installs) and `ANIMATEDIFF_PATH` a clone of AnimateDiff-Evolved. Each cell
+samples with tiny random-weight models in the real ComfyUI and compares every single evaluation, from the same x, with
+references that do not know our node:
 
 - inside the interval, with the same chain of nodes without ours;
 - outside, with the conditional prediction evaluated alone (`conditional only`), or with all other patches acting on

@@ -312,6 +312,14 @@ def test_an_open_upper_bound_guides_the_first_step_of_a_flow_model(host, name, u
     assert rows(1000000.0 if units == "edm" else 0.999)[0] == 1
 
 
+@pytest.mark.parametrize("kind", harness.MODELS)
+def test_an_open_bound_is_open_in_the_models_own_noise_levels(host, ours, kind):
+    interval = ours.patch.model_interval(
+        node(host, "GuidanceInterval", model=harness.tiny_model(kind), sigma_hi=-1.0)[0]
+    )
+    assert interval.sigma_hi == float("inf")
+
+
 def test_the_guider_has_the_units_and_the_outside_of_the_node(host, ours):
     conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2), "cfg": 7.0}
     inputs = {"model": harness.tiny_model("flow"), "sigma_lo": 0.2, "sigma_hi": 0.8, "units": "model"}

@@ -33,8 +33,11 @@ def guider_of(model, cfg=CFG):
 # The mechanisms. Each: (model, weight) -> a model on which the pack acts, at the sampler's weight or its own.
 
 
-def replaced_sampling_function(model, weight=None, pre_cfg=False, post_cfg=True):
-    """For the time of a run, with a state that its own calc_cond_batch needs: windows over the frames."""
+def replaced_sampling_function(model, weight=None, pre_cfg=False, post_cfg=True, guidance=None):
+    """For the time of a run, with a state that its own calc_cond_batch needs: windows over the frames.
+
+    weight: of a custom CFG, in place of the sampler's; guidance: a post-CFG function that it adds.
+    """
     import comfy.samplers
     from comfy.patcher_extension import WrappersMP
 
@@ -48,6 +51,8 @@ def replaced_sampling_function(model, weight=None, pre_cfg=False, post_cfg=True)
         for fn in options.get("sampler_pre_cfg_function", []) if pre_cfg else ():
             args = {"conds": [cond, uncond], "conds_out": out, "cond_scale": scale, "timestep": timestep}
             out = fn({**args, "input": x, "sigma": timestep, "model": model, "model_options": options})
+        if guidance is not None:
+            options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), guidance]
         if not post_cfg:
             return out[1] + (out[0] - out[1]) * scale
         return comfy.samplers.cfg_function(model, *out, scale, x, timestep, options, cond, uncond)
@@ -158,6 +163,24 @@ def test_mechanisms(host, ours, report, name, sampler, before, outside):
 def test_nodes_beside_a_mechanism_are_kept(host, ours, name):
     keep = [("Epsilon Scaling", {})] if "Epsilon Scaling" in host.nodes else [("PerturbedAttentionGuidance", {})]
     verdict = judge(host, ours, MECHANISMS[name], "euler", False, "keep other patches", keep)
+    assert verdict.kind == harness.EXACT, verdict
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_cfg_pp"])
+def test_guidance_that_a_pack_adds_is_limited_too(host, ours, sampler):
+    def pack(model, weight=CFG, guidance=lambda args: args["denoised"] + 0.3 * args["cond_denoised"]):
+        return replaced_sampling_function(model, weight, guidance=guidance)
+
+    interval = ours.patch.in_edm_units(ours.Interval(*INTERVAL))
+    verdict = harness.judge(
+        lambda patch: guider_of(patch(pack(harness.tiny_model("sd15")))),
+        lambda model: ours.patch.patch_model(model, interval),
+        sampler,
+        sigmas_of("sd15", STEPS),
+        harness.empty_latent("sd15", BATCH),
+        ours.Interval(*INTERVAL).mask,
+        unguided=lambda: guider_of(pack(harness.tiny_model("sd15"), weight=1.0, guidance=None)),
+    )
     assert verdict.kind == harness.EXACT, verdict
 
 
