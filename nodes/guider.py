@@ -26,6 +26,11 @@ class TwoModelGuider(comfy.samplers.CFGGuider):
     def __init__(self, model, model_negative):
         _check_kinship(model.model, model_negative.model)
         super().__init__(model.clone())
+        around_cfg = self.model_options.get(host.POST_CFG, [])
+        kept = [fn for fn in around_cfg if not host.reads_uncond_pass(fn)]
+        if len(kept) < len(around_cfg):
+            log.info("Guidance Interval: Self-Attention Guidance needs the model's own unconditional pass: left out")
+            self.model_options[host.POST_CFG] = kept
         self.second = _OneCondGuider(with_own_weights(model_negative, model))
 
     def set_conds(self, positive, negative):

@@ -51,6 +51,11 @@ def sampling_function(model, x, sigma, cond, cfg, model_options, seed, uncond=No
     return result if told else None
 
 
+def reads_uncond_pass(fn):
+    """Whether a post-CFG function needs a pass that is not made here, and would use a stale one or crash."""
+    return getattr(fn, "__module__", "").endswith("nodes_sag")  # SAG takes its attention map from the uncond rows.
+
+
 def conditional_only(model, x, sigma, cond, model_options, seed, post_cfg=()):
     """The conditional prediction, through `sampling_function`; None where that cannot be had.
 

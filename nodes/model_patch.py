@@ -179,7 +179,7 @@ class IntervalPatch:
             nodes = guider.model_options.get(host.POST_CFG, ())
             samplers = [fn for fn in added if fn not in nodes]
             return host.conditional_only(model, x, sigma, cond, model_options, seed, samplers)
-        kept = [fn for fn in added if not _reads_uncond_pass(fn)]
+        kept = [fn for fn in added if not host.reads_uncond_pass(fn)]
         if len(kept) < len(added):
             run.say("Self-Attention Guidance reads the unconditional pass, so it acts inside the interval alone")
         return host.sampling_function(model, x, sigma, cond, 1.0, {**model_options, host.POST_CFG: kept}, seed)
@@ -225,11 +225,6 @@ def _cannot_be_asked():
         f"the sampling function that {module} has put in the place of ComfyUI's does not give the conditional "
         "prediction alone: this run is left as it is, without the interval"
     )
-
-
-def _reads_uncond_pass(fn):
-    # SAG takes its attention map from the uncond rows: without them it would use a stale one, or crash.
-    return getattr(fn, "__module__", "").endswith("nodes_sag")
 
 
 def _unused(interval, levels, model_sampling):

@@ -282,6 +282,17 @@ def test_functions_around_cfg_see_both_predictions(host):
     assert not torch.equal(*seen[0])
 
 
+def test_self_attention_guidance_is_left_out_and_the_log_says_so(host, caplog):
+    """It takes its map from an unconditional pass of the first model, which is not made."""
+
+    def sag(model):
+        return node(host, "SelfAttentionGuidance", model=model)[0]
+
+    with caplog.at_level(logging.INFO):
+        check(host, sag, LORA_A, references={"on_model": same})
+    assert [r for r in caplog.records if "Self-Attention Guidance" in r.getMessage()]
+
+
 @pytest.mark.parametrize(("kind", "what"), [("flow", "latents"), ("video", "latents")])
 def test_a_model_of_another_family_is_refused(host, kind, what):
     models = {"model": harness.tiny_model("sd15"), "model_negative": harness.tiny_model(kind)}
