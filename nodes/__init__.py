@@ -7,10 +7,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..noise_level import steps_to_interval
 from ..presets import PRESETS, get_preset
-from ..sampler_patch import GuidanceInterval as Interval
 from . import model_patch
+from .comparison import compare, parse_intervals, report
 from .guider import TwoModelGuider
-from .sampling import compare, describe_schedule, parse_intervals, report
+from .model_patch import OPEN, to_interval
+from .schedule import describe_schedule
 
 ALIASES = ["guidance interval", "guidance limiter", "cfg limiter", "limited interval", "skip uncond"]
 SIGMA_MAX = 1000000.0
@@ -38,32 +39,87 @@ def _patched_model():
     return io.Model.Output(display_name="model", tooltip="The model, guided inside the interval alone.")
 
 
+def _sigma(name, default, tip):
+    # The front end keeps as many decimals of what is typed as the step has.
+    tip = f"{tip} {SIGMA_TIP}"
+    return io.Float.Input(name, default=default, min=OPEN, max=SIGMA_MAX, step=0.001, round=False, tooltip=tip)
+
+
 def _sigma_lo():
-    tip = f"Guidance stops below this noise level: the last, low-noise steps run without it. 0 = never. {SIGMA_TIP}"
-    return io.Float.Input("sigma_lo", default=0.28, min=0.0, max=SIGMA_MAX, step=0.01, round=False, tooltip=tip)
+    tip = "Guidance stops below this noise level: the last, low-noise steps run without it. 0 or -1: no lower bound."
+    return _sigma("sigma_lo", 0.28, tip)
 
 
 def _sigma_hi():
-    tip = f"Guidance starts at this noise level: the first, noisiest steps run without it. {SIGMA_TIP}"
-    return io.Float.Input("sigma_hi", default=5.42, min=0.0, max=SIGMA_MAX, step=0.01, round=False, tooltip=tip)
+    tip = "Guidance starts at this noise level: the first, noisiest steps run without it. -1: no upper bound."
+    return _sigma("sigma_hi", 5.42, tip)
 
 
-def _cfg(default=8.0, tooltip="Guidance weight inside the interval; the best one is usually higher than without."):
-    return io.Float.Input("cfg", default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip)
+def _units():
+    return _advanced(
+        io.Combo.Input(
+            "units",
+            options=["edm", "model"],
+            default="edm",
+            optional=True,
+            tooltip="edm: noise relative to the image, the same for every model. model: the model's own sigma, which "
+            "for flow models (SD3, Flux, Wan, ...) is a time from 0 to 1.",
+        )
+    )
 
 
-def _valid(make, *values):
-    """True, or what is wrong with the values, for `validate_inputs`; a linked input is None until it runs."""
-    if None in values:
+def _outside():
+    return _advanced(
+        io.Combo.Input(
+            "outside",
+            options=list(model_patch.OUTSIDE),
+            default=model_patch.COND_ONLY,
+            optional=True,
+            tooltip="conditional only: outside the interval nothing but the positive prompt's prediction counts, and "
+            "other guidance (PAG, SLG, APG, ...) is limited too. keep other patches: they go on outside, with CFG off.",
+        )
+    )
+
+
+def _limited(model, sigma_lo, sigma_hi, units, outside):
+    in_units = model_patch.in_edm_units if units == "edm" else model_patch.in_model_units
+    return model_patch.patch_model(model, in_units(to_interval(sigma_lo, sigma_hi)), outside)
+
+
+CFG_TIP = "Guidance weight inside the interval; the best one is usually higher than without."
+
+
+def _cfg(default=8.0, tooltip=CFG_TIP, optional=False):
+    options = {"default": default, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}
+    return io.Float.Input("cfg", **options, optional=optional, tooltip=tooltip)
+
+
+def _check(node, rule, **values):
+    """True, or what is wrong with the values, for `validate_inputs`; a linked input is None until it runs.
+
+    The host leaves the limits of inputs that `validate_inputs` names to it. rule(*values) raises what else is wrong.
+    """
+    inputs = {i.id: i for i in node.define_schema().inputs}
+    for name, value in values.items():
+        low, high = getattr(inputs[name], "min", None), getattr(inputs[name], "max", None)
+        if value is not None and low is not None and not low <= value <= high:  # NaN fails too.
+            return f"{name} must lie between {low:.7g} and {high:.7g}, got {value!r}"
+    if None in values.values():
         return True
     try:
-        make(*values)
+        rule(*values.values())
     except (TypeError, ValueError) as error:
         return str(error)
     return True
 
 
-class GuidanceInterval(io.ComfyNode):
+def _refuse(verdict):
+    """Raise what a `validate_inputs` found, for inputs that are linked and so known only when the node runs."""
+    if verdict is not True:
+        raise ValueError(verdict)
+
+
+class SigmaInterval(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return _schema(
@@ -71,44 +127,21 @@ class GuidanceInterval(io.ComfyNode):
             display_name="Guidance Interval",
             description="Applies CFG where sigma_lo < sigma <= sigma_hi and nowhere else. Outside, the unconditional "
             "pass is not evaluated: those steps cost half.",
-            inputs=[
-                _model(),
-                _sigma_lo(),
-                _sigma_hi(),
-                _advanced(
-                    io.Combo.Input(
-                        "units",
-                        options=["edm", "model"],
-                        default="edm",
-                        tooltip="edm: noise relative to the image, the same for every model. model: the model's own "
-                        "sigma, which for flow models (SD3, Flux, Wan, ...) is a time from 0 to 1.",
-                    )
-                ),
-                _advanced(
-                    io.Combo.Input(
-                        "outside",
-                        options=list(model_patch.OUTSIDE),
-                        default=model_patch.COND_ONLY,
-                        tooltip="conditional only: outside the interval nothing but the positive prompt's prediction "
-                        "counts, and other guidance (PAG, SLG, APG, ...) is limited too. keep other patches: they go "
-                        "on outside, with CFG off.",
-                    )
-                ),
-            ],
+            inputs=[_model(), _sigma_lo(), _sigma_hi(), _units(), _outside()],
             outputs=[_patched_model()],
         )
 
     @classmethod
     def validate_inputs(cls, sigma_lo=None, sigma_hi=None):
-        return _valid(Interval, sigma_lo, sigma_hi)
+        return _check(cls, to_interval, sigma_lo=sigma_lo, sigma_hi=sigma_hi)
 
     @classmethod
     def execute(cls, model, sigma_lo, sigma_hi, units="edm", outside=model_patch.COND_ONLY):
-        in_units = model_patch.in_edm_units if units == "edm" else model_patch.in_model_units
-        return io.NodeOutput(model_patch.patch_model(model, in_units(Interval(sigma_lo, sigma_hi)), outside))
+        _refuse(cls.validate_inputs(sigma_lo, sigma_hi))
+        return io.NodeOutput(_limited(model, sigma_lo, sigma_hi, units, outside))
 
 
-class GuidanceIntervalPercent(io.ComfyNode):
+class PercentInterval(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return _schema(
@@ -141,19 +174,19 @@ class GuidanceIntervalPercent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, start_percent=None, end_percent=None):
-        if None in (start_percent, end_percent) or 0 <= start_percent < end_percent <= 1:
-            return True
-        return f"0 <= start_percent < end_percent <= 1 must hold, got {start_percent} and {end_percent}"
+        def rule(start, end):
+            if start >= end:
+                raise ValueError(f"start_percent must be below end_percent, got {start} and {end}")
+
+        return _check(cls, rule, start_percent=start_percent, end_percent=end_percent)
 
     @classmethod
     def execute(cls, model, start_percent, end_percent):
-        problem = cls.validate_inputs(start_percent, end_percent)  # Again: linked inputs are known only now.
-        if problem is not True:
-            raise ValueError(problem)
+        _refuse(cls.validate_inputs(start_percent, end_percent))
         return io.NodeOutput(model_patch.patch_model(model, model_patch.in_percent(start_percent, end_percent)))
 
 
-class GuidanceIntervalSteps(io.ComfyNode):
+class StepsInterval(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return _schema(
@@ -184,9 +217,11 @@ class GuidanceIntervalSteps(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, first_step=None, last_step=None):
-        if None in (first_step, last_step) or (first_step < 0) != (last_step < 0) or first_step <= last_step:
-            return True
-        return f"first_step must not come after last_step, got {first_step} and {last_step}"
+        def rule(first, last):
+            if (first < 0) == (last < 0) and first > last:
+                raise ValueError(f"first_step must not come after last_step, got {first} and {last}")
+
+        return _check(cls, rule, first_step=first_step, last_step=last_step)
 
     @classmethod
     def execute(cls, model, sigmas, first_step, last_step):
@@ -194,20 +229,22 @@ class GuidanceIntervalSteps(io.ComfyNode):
         return io.NodeOutput(model_patch.patch_model(model, model_patch.in_model_units(interval)))
 
 
-class GuidanceIntervalPreset(io.ComfyNode):
+class PresetInterval(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        sources = "\n".join(f"{p.name}: {p.model}, {p.interval()}. {p.source}" for p in PRESETS.values())
         return _schema(
             node_id="GuidanceIntervalPreset",
             display_name="Guidance Interval (preset)",
             description="An interval that was published for a model, with its guidance weight and its source.",
             inputs=[
                 _model(),
-                io.Combo.Input("preset", options=list(PRESETS), tooltip=sources),
-                _advanced(
-                    _cfg(7.0, "Handed on as cfg where the source names no weight for the interval (sdxl names none).")
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    tooltip="Each was published for one model, with a weight for its interval alone: at every step it "
+                    "would be too much. The weight of sdxl was chosen by visual inspection, those of edm2 by a metric.",
                 ),
+                _advanced(_cfg(7.0, "Handed on as cfg where the source names no weight for the interval.", True)),
             ],
             outputs=[
                 _patched_model(),
@@ -223,7 +260,7 @@ class GuidanceIntervalPreset(io.ComfyNode):
         return io.NodeOutput(model, cfg if preset.weight is None else preset.weight, preset.source)
 
 
-class GuidanceIntervalGuider(io.ComfyNode):
+class IntervalGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return _schema(
@@ -244,27 +281,45 @@ class GuidanceIntervalGuider(io.ComfyNode):
                 io.Model.Input(
                     "model_negative",
                     optional=True,
-                    tooltip="A weaker model that evaluates the negative, such as an earlier or smaller checkpoint of "
-                    "the same family. It is not run outside the interval.",
+                    tooltip="A weaker model that evaluates the negative, with its own patches: an earlier or smaller "
+                    "checkpoint of the same family, or the same one with or without a LoRA, which is copied in "
+                    "memory. It is not run outside the interval.",
                 ),
+                _units(),
+                _outside(),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
     def validate_inputs(cls, sigma_lo=None, sigma_hi=None):
-        return _valid(Interval, sigma_lo, sigma_hi)
+        return _check(cls, to_interval, sigma_lo=sigma_lo, sigma_hi=sigma_hi)
 
     @classmethod
-    def execute(cls, model, positive, negative, cfg, sigma_lo, sigma_hi, model_negative=None):
-        model = model_patch.patch_model(model, model_patch.in_edm_units(Interval(sigma_lo, sigma_hi)))
-        guider = comfy.samplers.CFGGuider(model) if model_negative is None else TwoModelGuider(model, model_negative)
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        cfg,
+        sigma_lo,
+        sigma_hi,
+        model_negative=None,
+        units="edm",
+        outside=model_patch.COND_ONLY,
+    ):
+        _refuse(cls.validate_inputs(sigma_lo, sigma_hi))
+        model = _limited(model, sigma_lo, sigma_hi, units, outside)
+        if model_negative is None:
+            guider = comfy.samplers.CFGGuider(model)
+        else:
+            guider = TwoModelGuider(model, model_patch.unpatch_model(model_negative))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)
 
 
-class GuidanceIntervalSchedule(io.ComfyNode):
+class IntervalSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return _schema(
@@ -292,7 +347,7 @@ class GuidanceIntervalSchedule(io.ComfyNode):
         return io.NodeOutput(*describe_schedule(model, sigmas))
 
 
-class GuidanceIntervalCompare(io.ComfyNode):
+class IntervalComparison(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return _schema(
@@ -315,50 +370,53 @@ class GuidanceIntervalCompare(io.ComfyNode):
                     tooltip="The noise, the same for every setting.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of each run."),
-                _cfg(tooltip="Guidance weight, the same for every setting but the last, which has none."),
+                _cfg(tooltip="Guidance weight inside the interval, the same for every setting."),
                 io.Combo.Input("sampler", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1 the latent is kept in part."
+                    "denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Below 1 the latent is kept in part."
                 ),
                 io.String.Input(
                     "intervals",
                     multiline=True,
                     default="0.28, 5.42\n0.28, 2.5\n1, 5.42",
-                    tooltip="One interval per line: sigma_lo, sigma_hi. What follows # is a comment.",
+                    tooltip="One interval per line: sigma_lo, sigma_hi. inf or -1 as sigma_hi: no upper bound. What "
+                    "follows # is a comment.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="One column per setting, labelled with rows and seconds."),
-                io.Image.Output(display_name="images", tooltip="The same images as a batch, setting by setting."),
+                io.Image.Output(display_name="grid", tooltip="One column per setting; of a video, 4 frames."),
+                io.Image.Output(display_name="images", tooltip="The grid's images as a batch, setting by setting."),
                 io.String.Output(display_name="report", tooltip="Rows and seconds as a table."),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, intervals=None):
-        return _valid(parse_intervals, intervals)
+        return _check(cls, parse_intervals, intervals=intervals)
 
     @classmethod
     def execute(cls, model, positive, negative, vae, latent, seed, steps, cfg, sampler, scheduler, denoise, intervals):
+        if denoise < 0.01:  # Linked: what the host has not checked.
+            raise ValueError(f"denoise must be at least 0.01, got {denoise!r}: at 0 there is nothing to sample")
         from nodes import common_ksampler  # ComfyUI's own, which this folder does not hide: imports here are relative.
 
         def sample(model, cfg, positive, negative, latent):
             run = functools.partial(common_ksampler, denoise=denoise)
             return run(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent)[0]
 
-        results = compare(model, positive, negative, vae, latent, parse_intervals(intervals), sample, cfg)
-        return io.NodeOutput(*report(results))
+        columns = compare(model, positive, negative, vae, latent, parse_intervals(intervals), sample, cfg)
+        return io.NodeOutput(*report(columns))
 
 
 class GuidanceIntervalExtension(ComfyExtension):
     async def get_node_list(self):
         return [
-            GuidanceInterval,
-            GuidanceIntervalPercent,
-            GuidanceIntervalSteps,
-            GuidanceIntervalPreset,
-            GuidanceIntervalGuider,
-            GuidanceIntervalSchedule,
-            GuidanceIntervalCompare,
+            SigmaInterval,
+            PercentInterval,
+            StepsInterval,
+            PresetInterval,
+            IntervalGuider,
+            IntervalSchedule,
+            IntervalComparison,
         ]

@@ -1,13 +1,14 @@
-"""The guidance interval as a patch on ComfyUI's sampling: the one place that touches the host's internals.
+"""The guidance interval as a patch on ComfyUI's sampling: what is decided, and for which evaluation.
 
 The patch is two wrappers on a cloned model. OUTER_SAMPLE sees each run once: it turns the interval into the
 model's own noise levels. PREDICT_NOISE sees each evaluation: inside the interval it hands on to the host,
-unchanged; outside it evaluates the conditional prediction alone, whichever guider asks. Nothing is kept between
-runs: what a run needs to remember lives in the guider's `model_options`, which the host clones for each run.
+unchanged; outside it has the conditional prediction alone evaluated (`host.py`), whichever guider asks. Nothing
+is kept between runs: what a run needs to remember lies on its guider and is taken off when the run ends.
 """
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,14 +19,11 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..noise_level import flow_time_to_sigma, rescale_sigma, sigma_to_flow_time
 from ..sampler_patch import GuidanceInterval
-
-KEY = "guidance_interval"
-POST_CFG = "sampler_post_cfg_function"
-PRE_CFG = "sampler_pre_cfg_function"
+from . import host
 
 # What the model's evaluations outside of the interval return.
 COND_ONLY = "conditional only"  # The conditional prediction, whatever other guidance is stacked on the model.
-KEEP_PATCHES = "keep other patches"  # The host's chain at cfg 1 with uncond = cond: patches other than CFG act.
+KEEP_PATCHES = "keep other patches"  # The host's chain at weight 1 with uncond = cond: patches other than CFG act.
 OUTSIDE = (COND_ONLY, KEEP_PATCHES)
 
 log = logging.getLogger(__name__)
@@ -49,13 +47,29 @@ def from_model_sigma(sigma, model_sampling):
     return rescale_sigma(sigma, getattr(model_sampling, "sigma_data", 1.0), 1.0)
 
 
+OPEN = -1.0  # A bound that is none, as it is typed: what the JSON of a workflow cannot hold is inf.
+
+
+def to_interval(sigma_lo, sigma_hi):
+    """A GuidanceInterval from bounds as they are typed: -1 leaves either open. Raises as GuidanceInterval does."""
+    for name, value in (("sigma_lo", sigma_lo), ("sigma_hi", sigma_hi)):
+        if value < 0 and value != OPEN:
+            raise ValueError(f"{name} must be 0 or above, or -1 for none, got {value!r}")
+    return GuidanceInterval(0.0 if sigma_lo == OPEN else sigma_lo, math.inf if sigma_hi == OPEN else sigma_hi)
+
+
 # How an interval is given: each makes a function from the host's model_sampling, known only when a run starts
 # (nodes after ours may change it), to the GuidanceInterval of the model's own noise levels.
 
 
 def in_edm_units(interval):
     """A GuidanceInterval for data of unit scale, as published."""
-    return lambda ms: GuidanceInterval(*(to_model_sigma(s, ms) for s in (interval.sigma_lo, interval.sigma_hi)))
+
+    def resolve(model_sampling):
+        bounds = (interval.sigma_lo, interval.sigma_hi)
+        return GuidanceInterval(*(s if s == math.inf else to_model_sigma(s, model_sampling) for s in bounds))
+
+    return resolve
 
 
 def in_model_units(interval):
@@ -68,21 +82,34 @@ def in_percent(start, end):
     return lambda ms: GuidanceInterval(float(ms.percent_to_sigma(end)), float(ms.percent_to_sigma(start)))
 
 
+NOWHERE = GuidanceInterval(sys.float_info.max, math.inf)  # Holds no noise level of any model.
+
+
+def nowhere(model_sampling):
+    """No noise level at all: what an interval does outside, throughout."""
+    return NOWHERE
+
+
 # ----------------------------------------------------------------------------
 # The patch.
 
 
 @dataclass
-class Run:
-    """What one sampling run remembers: the interval in the model's noise levels, and what was said already."""
+class SamplingRun:
+    """What one sampling run remembers.
+
+    interval: in the model's noise levels. said: what the log was told. unlimited: the conditional prediction
+    cannot be had alone in this run, which is therefore left as it is.
+    """
 
     interval: GuidanceInterval
     said: set = field(default_factory=set)
+    unlimited: bool = False
 
-    def say(self, text):
+    def say(self, text, level=logging.INFO):
         if text not in self.said:
             self.said.add(text)
-            log.info("Guidance Interval: %s", text)
+            log.log(level, "Guidance Interval: %s", text)
 
 
 @dataclass(frozen=True)
@@ -98,43 +125,72 @@ class IntervalPatch:
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
-        run = Run(self.resolve(model_sampling))
+        run = SamplingRun(self.resolve(model_sampling))
         levels = sigmas[:-1].cpu()  # The last is where the run ends; it is not evaluated.
-        if len(levels) and not run.interval.mask(levels).any():
-            log.warning("Guidance Interval: %s", _unused(run.interval, levels, model_sampling))
-        guider.model_options[KEY] = run
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        if len(levels) and run.interval is not NOWHERE and not run.interval.mask(levels).any():
+            run.say(_unused(run.interval, levels, model_sampling), logging.WARNING)
+        setattr(guider, host.KEY, run)
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            vars(guider).pop(host.KEY, None)
 
     def predict_noise(self, executor, x, sigma, model_options={}, seed=None):  # noqa: B006 (the host's signature)
-        guider = executor.class_obj
-        run = guider.model_options.get(KEY)
+        guider, predict = executor.class_obj, executor.original
+        run = getattr(guider, host.KEY, None)
         if run is None:  # A guider of another node that samples in a way of its own.
-            run = guider.model_options[KEY] = Run(self.resolve(guider.inner_model.model_sampling))
+            run = SamplingRun(self.resolve(guider.inner_model.model_sampling))
+            setattr(guider, host.KEY, run)
+
+        def decide(x, sigma, model_options={}, seed=None):  # noqa: B006
+            return self._decide(run, guider, predict, x, sigma, model_options, seed)
+
+        # At the chain's end, where other nodes have set what they set: before or after ours makes no difference.
+        chain = WrapperExecutor.new_class_executor(decide, guider, executor.wrappers, executor.idx + 1)
+        return chain.execute(x, sigma, model_options, seed)
+
+    def _decide(self, run, guider, predict, x, sigma, model_options, seed):
         nothing = _nothing_to_limit(guider, model_options)
         if nothing:
             run.say(f"{nothing}: nothing to limit")
-            return executor(x, sigma, model_options, seed)
-
+        if nothing or run.unlimited:
+            return predict(x, sigma, model_options, seed)
         guided = run.interval.guided_rows(sigma)  # The one host sync.
         if all(guided):
-            return executor(x, sigma, model_options, seed)
-        if self.outside == KEEP_PATCHES:
-            outside = _keep_patches(executor, run, x, sigma, model_options, seed)
-        else:
-            outside = _cond_only(guider, x, sigma, model_options)
+            return predict(x, sigma, model_options, seed)
+        unguided = self._unguided(run, guider, x, sigma, model_options, seed)
+        if unguided is None:
+            run.unlimited = True
+            run.say(_cannot_be_asked(), logging.WARNING)
+            return predict(x, sigma, model_options, seed)
         if not any(guided):
-            return outside
-        # Rows at different noise levels. No sampler of the host does this, so both are paid for in full.
+            return unguided
+        # Rows at different noise levels. No sampler of the host mixes them, and no part of a batch can be taken out
+        # of conds with areas, masks, ControlNets and context windows: both predictions are made for all rows.
         rows = torch.tensor(guided, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
-        return torch.where(rows, executor(x, sigma, model_options, seed), outside)
+        return torch.where(rows, predict(x, sigma, model_options, seed), unguided)
+
+    def _unguided(self, run, guider, x, sigma, model_options, seed):
+        """What an evaluation outside of the interval returns, from B rows for each of the positive's conds."""
+        model, cond = guider.inner_model, guider.conds["positive"]
+        added = model_options.get(host.POST_CFG, ())
+        if self.outside == COND_ONLY:
+            # CFG++ samplers take their uncond from a function that they add for the call; nodes' are on the model.
+            nodes = guider.model_options.get(host.POST_CFG, ())
+            samplers = [fn for fn in added if fn not in nodes]
+            return host.conditional_only(model, x, sigma, cond, model_options, seed, samplers)
+        kept = [fn for fn in added if not host.reads_uncond_pass(fn)]
+        if len(kept) < len(added):
+            run.say("Self-Attention Guidance reads the unconditional pass, so it acts inside the interval alone")
+        return host.sampling_function(model, x, sigma, cond, 1.0, {**model_options, host.POST_CFG: kept}, seed)
 
 
 def patch_model(model, resolve, outside=COND_ONLY):
     """A clone of `model` (a ModelPatcher) that is guided in the interval alone; an earlier interval is replaced."""
     model = unpatch_model(model)
     patch = IntervalPatch(resolve, outside)
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, patch.outer_sample)
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, patch.predict_noise)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, host.KEY, patch.outer_sample)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, host.KEY, patch.predict_noise)
     return model
 
 
@@ -142,13 +198,13 @@ def unpatch_model(model):
     """A clone of `model` without our patch."""
     model = model.clone()
     for wrapper_type in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE):
-        model.remove_wrappers_with_key(wrapper_type, KEY)
+        model.remove_wrappers_with_key(wrapper_type, host.KEY)
     return model
 
 
 def model_interval(model):
     """The GuidanceInterval, in the model's own noise levels, that `model` is patched with, or None."""
-    wrappers = model.get_wrappers(WrappersMP.PREDICT_NOISE, KEY)
+    wrappers = model.get_wrappers(WrappersMP.PREDICT_NOISE, host.KEY)
     return wrappers[-1].__self__.resolve(model.get_model_object("model_sampling")) if wrappers else None
 
 
@@ -163,6 +219,14 @@ def _nothing_to_limit(guider, model_options):
     return None
 
 
+def _cannot_be_asked():
+    module = getattr(comfy.samplers.sampling_function, "__module__", "another node pack")
+    return (
+        f"the sampling function that {module} has put in the place of ComfyUI's does not give the conditional "
+        "prediction alone: this run is left as it is, without the interval"
+    )
+
+
 def _unused(interval, levels, model_sampling):
     low, high = levels.min().item(), levels.max().item()
     text = f"no step of this schedule, sigma {high:.4g} to {low:.4g}, lies in the interval {interval}"
@@ -170,53 +234,3 @@ def _unused(interval, levels, model_sampling):
         high, low = (from_model_sigma(s, model_sampling) for s in (high, low))
         text += f", in the flow model's own t (as noise relative to the data, the schedule is {high:.4g} to {low:.4g})"
     return f"{text}: nothing will be guided"
-
-
-# ----------------------------------------------------------------------------
-# Outside of the interval.
-
-
-def _cond_only(guider, x, sigma, model_options):
-    """The conditional prediction of [B, ...], from B rows for each of its conds."""
-    positive = guider.conds["positive"]
-    (cond,) = comfy.samplers.calc_cond_batch(guider.inner_model, [positive], x, sigma, model_options)
-    # CFG++ samplers take their uncond from a function that they add for the call; nodes' are on the model.
-    nodes = guider.model_options.get(POST_CFG, ())
-    samplers = [fn for fn in model_options.get(POST_CFG, ()) if fn not in nodes]
-    if not samplers:
-        return cond
-    options = {k: v for k, v in model_options.items() if k != "sampler_cfg_function"} | {POST_CFG: samplers}
-    return comfy.samplers.cfg_function(
-        guider.inner_model, cond, cond, 1.0, x, sigma, model_options=options, cond=positive, uncond=positive
-    )
-
-
-def _keep_patches(executor, run, x, sigma, model_options, seed):
-    """The rest of the host's chain, with a guider at its end that knows no other prediction than cond."""
-    guider = executor.class_obj
-
-    def predict_noise(x, sigma, model_options={}, seed=None):  # noqa: B006
-        positive = guider.conds["positive"]
-        return comfy.samplers.sampling_function(
-            guider.inner_model, x, sigma, None, positive, 1.0, model_options=_without_uncond(run, model_options)
-        )
-
-    chain = WrapperExecutor.new_class_executor(predict_noise, guider, executor.wrappers, executor.idx + 1)
-    return chain.execute(x, sigma, model_options, seed)
-
-
-def _without_uncond(run, model_options):
-    post_cfg = model_options.get(POST_CFG, ())
-    kept = [fn for fn in post_cfg if not _reads_uncond_pass(fn)]
-    if len(kept) < len(post_cfg):
-        run.say("Self-Attention Guidance reads the unconditional pass, so it acts inside the interval alone")
-    return {**model_options, PRE_CFG: [_uncond_is_cond, *model_options.get(PRE_CFG, ())], POST_CFG: kept}
-
-
-def _uncond_is_cond(args):
-    return [args["conds_out"][0]] * len(args["conds_out"])
-
-
-def _reads_uncond_pass(fn):
-    # SAG takes its attention map from the uncond rows: without them it would use a stale one, or crash.
-    return getattr(fn, "__module__", "").endswith("nodes_sag")

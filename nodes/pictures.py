@@ -7,6 +7,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 INK, FAINT, GUIDED, UNGUIDED, BAND = "#222222", "#cccccc", "#1f6fb4", "#999999", "#dcebf7"
+MAX_SIDE, MAX_PIXELS = 4096, 16_000_000  # Of a grid: what browsers show and PNG saves in a second.
+LABEL_WIDTH = 200
 
 
 def to_image(picture):
@@ -21,29 +23,30 @@ def _to_picture(image):
 def plot_schedule(levels, guided, bounds, title, size=(768, 512)):
     """The noise level of each step, logarithmic, with the interval as a band and the guided steps filled.
 
-    levels: one sigma > 0 per step; guided: one bool per step; bounds: (lo, hi] in the unit of `levels`.
+    levels: one sigma per step; guided: one bool per step; bounds: (lo, hi] in the unit of `levels`. What a
+    logarithm cannot show, 0 and inf, is drawn at the edge.
     """
     width, height = size
     left, top, right, bottom = 72, 44, width - 20, height - 48
     picture = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    finite = [s for s in levels if math.isfinite(s)]
-    low = math.floor(math.log10(min(finite)))
-    high = max(math.ceil(math.log10(max(finite))), low + 1)
+    drawable = [s for s in levels if 0 < s < math.inf] or [1.0]  # Flow starts at inf; an inner step may be at 0.
+    low = math.floor(math.log10(min(drawable)))
+    high = max(math.ceil(math.log10(max(drawable))), low + 1)
 
     def x_of(step):
         return left + (right - left) * (step + 0.5) / len(levels)
 
     def y_of(sigma):
-        exponent = min(max(math.log10(sigma), low), high) if sigma > 0 else low
+        exponent = low if sigma <= 0 else high if sigma == math.inf else min(max(math.log10(sigma), low), high)
         return bottom - (bottom - top) * (exponent - low) / (high - low)
 
-    draw.rectangle([left, y_of(min(bounds[1], 10.0**high)), right, y_of(bounds[0])], fill=BAND)
+    draw.rectangle([left, y_of(bounds[1]), right, y_of(bounds[0])], fill=BAND)
     for exponent in range(low, high + 1):
         y = y_of(10.0**exponent)
         draw.line([left, y, right, y], fill=FAINT)
         draw.text((left - 8, y), f"{10.0**exponent:g}", fill=INK, font=font, anchor="rm")
-    points = [(x_of(i), y_of(min(s, 10.0**high))) for i, s in enumerate(levels)]
+    points = [(x_of(i), y_of(s)) for i, s in enumerate(levels)]
     draw.line(points, fill=UNGUIDED, width=2)
     for (x, y), filled in zip(points, guided, strict=True):
         draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=GUIDED if filled else "white", outline=GUIDED, width=2)
@@ -57,16 +60,32 @@ def plot_schedule(levels, guided, bounds, title, size=(768, 512)):
 
 
 def label_grid(columns, label_height=44):
-    """One column per setting: its label above its images.
+    """One column per setting, its label above its images; as many beside each other as a picture holds, then below.
 
-    columns: [(label, images)], images float [batch, height, width, 3] of one size in all columns.
+    columns: [(label, images)], images float [batch, height, width, 3] of one size in all columns. They are drawn
+    smaller where the whole would have more than MAX_PIXELS or a column be higher than MAX_SIDE.
     """
     batch, height, width = columns[0][1].shape[:3]
-    font = ImageFont.load_default(max(11, min(16, width // 14)))
-    picture = Image.new("RGB", (width * len(columns), label_height + height * batch), "white")
+    scale = min(
+        1.0,
+        (MAX_PIXELS / (len(columns) * batch * height * width)) ** 0.5,
+        MAX_SIDE / (batch * height),
+        MAX_SIDE / width,
+    )
+    height, width = max(1, int(height * scale)), max(1, int(width * scale))
+    cell = max(width, LABEL_WIDTH)
+    per_row = min(len(columns), max(1, MAX_SIDE // cell))
+    bands = math.ceil(len(columns) / per_row)
+    per_row = math.ceil(len(columns) / bands)  # Even rows.
+    band_height = label_height + height * batch
+    font = ImageFont.load_default(max(11, min(16, cell // 14)))
+    picture = Image.new("RGB", (cell * per_row, band_height * bands), "white")
     draw = ImageDraw.Draw(picture)
     for i, (label, images) in enumerate(columns):
-        draw.multiline_text((i * width + 6, 4), label, fill=INK, font=font, spacing=2)
+        x, y = cell * (i % per_row), band_height * (i // per_row)
+        draw.multiline_text((x + 6, y + 4), label, fill=INK, font=font, spacing=2)
         for j, image in enumerate(images):
-            picture.paste(_to_picture(image), (i * width, label_height + j * height))
+            tile = _to_picture(image)
+            tile = tile if tile.size == (width, height) else tile.resize((width, height))
+            picture.paste(tile, (x, y + label_height + j * height))
     return picture

@@ -193,6 +193,29 @@ def tiny_model(kind, seed=0, device=torch.device("cpu")):  # noqa: B008
     return _patcher(kind, seed, device).clone()
 
 
+def loaded_again(kind, seed=0):
+    """The same weights as `tiny_model`, which nothing else shares: as from a second file."""
+    from comfy.model_patcher import ModelPatcher
+
+    cpu = torch.device("cpu")
+    return ModelPatcher(_base_model.__wrapped__(kind, seed), load_device=cpu, offload_device=cpu)
+
+
+@functools.cache
+def tiny_vae(kind):
+    """A VAE of random weights for pictures or for video."""
+    import comfy.sd
+    from comfy.ldm.wan.vae import WanVAE
+    from comfy.taesd.taesd import TAESD
+
+    if kind == "video":
+        vae = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
+    else:
+        vae = TAESD(latent_channels=16 if kind == "flow" else 4)
+    randomize(vae, seed=2, biases=0.1 if kind == "video" else 1.0)
+    return comfy.sd.VAE(sd=vae.state_dict())
+
+
 def conditioning(seed, tokens=7):
     """Of every tiny model: each takes what it knows."""
     generator = torch.Generator().manual_seed(seed)
@@ -365,11 +388,23 @@ def _error(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
 
 
-def judge(stack, patch, sampler_name, sigmas, latent, guided, outside="conditional only", seed=0, noise_mask=None):
+def judge(
+    stack,
+    patch,
+    sampler_name,
+    sigmas,
+    latent,
+    guided,
+    outside="conditional only",
+    seed=0,
+    noise_mask=None,
+    unguided=None,
+):
     """The Verdict on every evaluation of a run.
 
     stack(patch) -> a guider, built anew, with `patch(model)` applied in the chain where the cell wants it.
-    guided(sigma) -> whether an evaluation lies in the interval. outside: which reference is right outside of it.
+    guided(sigma) -> whether an evaluation lies in the interval. outside: which reference is right outside of it;
+    unguided() -> a guider that is that reference itself, where a node pack has its own way to evaluate.
     """
     import comfy.samplers
 
@@ -379,13 +414,17 @@ def judge(stack, patch, sampler_name, sigmas, latent, guided, outside="condition
     cfg_pp = "cfg_pp" in sampler_name
     kwargs = {"seed": seed, "noise_mask": noise_mask}
     guider = stack(patch)
-    others = [getattr(guider, n) for n in ("model_negative", "uncond_model_patcher") if hasattr(guider, n)]
+    others = [guider.uncond_model_patcher] if hasattr(guider, "uncond_model_patcher") else []
+    others += [guider.second.model_patcher] if hasattr(guider, "second") else []
     with torch.inference_mode(), counted_rows(guider.model_patcher, *others) as rows:
         sampler = comfy.samplers.sampler_object(sampler_name)
         evaluations, final = record(guider, sampler, sigmas, latent, rows, cfg_pp, **kwargs)
         stock = replay(stack(same), evaluate_stock, evaluations, sigmas, latent, rows, cfg_pp, **kwargs)
         evaluate = evaluate_cond if outside == "conditional only" else evaluate_patches_on_cond
-        cond = replay(stack(same), evaluate, evaluations, sigmas, latent, rows, **kwargs)
+        if unguided is None:
+            cond = replay(stack(same), evaluate, evaluations, sigmas, latent, rows, **kwargs)
+        else:
+            cond = replay(unguided(), evaluate_stock, evaluations, sigmas, latent, rows, **kwargs)
     assert evaluations and torch.isfinite(final).all()
     inside, outsides, flags = [0.0], [0.0], []
     for e, s, c in zip(evaluations, stock, cond, strict=True):
@@ -396,7 +435,7 @@ def judge(stack, patch, sampler_name, sigmas, latent, guided, outside="condition
                 inside.append(_error(e.uncond, s.uncond))
         else:
             outsides.append(_error(e.out, c.out))
-            if cfg_pp and outside == "conditional only":
+            if cfg_pp and (outside == "conditional only" or unguided is not None):
                 outsides.append(_error(e.uncond, c.out))
     return Verdict(
         error_inside=max(inside),

@@ -13,13 +13,16 @@ HEAD = """\
 # What was tested in ComfyUI, cell by cell
 
 Written by the tests: `python -m pytest tests/comfy --write-compatibility`, with `COMFYUI_PATH` naming the ComfyUI to
-test (without it, the one that `make test` installs). Each cell samples with tiny random-weight models in the real
-ComfyUI and compares every single evaluation, from the same x, with references that do not know our node:
+test (without it, the one that `make test` installs) and `ANIMATEDIFF_PATH` a clone of AnimateDiff-Evolved. Each cell
+samples with tiny random-weight models in the real ComfyUI and compares every single evaluation, from the same x, with
+references that do not know our node:
 
 - inside the interval, with the same chain of nodes without ours;
 - outside, with the conditional prediction evaluated alone (`conditional only`), or with all other patches acting on
   it at weight 1 (`keep other patches`);
 - the rows that the network evaluated, with the least possible: those references' own.
+
+Node packs that evaluate in a way of their own are compared, outside, with what they give themselves at weight 1.
 
 `exact` is equality bit for bit and in rows. `exact up to rounding` is equality in rows, and in values up to the given
 relative figure, the reference having evaluated other batch sizes. The rest is a documented semantic, with its reason.

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import subprocess
 import sys
 
@@ -177,6 +178,12 @@ def test_presets(host, ours):
         assert source == preset.source
 
 
+def test_the_presets_page_lists_them(host):
+    page = (harness.ROOT / "web" / "docs" / "GuidanceIntervalPreset.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\S+)` \| .* \| (\(.*\]) \| .* \|$", page, re.M))
+    assert rows == {name: str(preset.interval()) for name, preset in host.ours.PRESETS.items()}
+
+
 def node_options(host, name, field):
     kind, options = host.nodes[name].INPUT_TYPES()["required"][field]
     return kind if isinstance(kind, list) else options["options"]
@@ -283,6 +290,173 @@ def test_rows_at_different_noise_levels_are_judged_each_by_its_own(host):
 
 
 # ----------------------------------------------------------------------------
+# Open ends.
+
+
+@pytest.mark.parametrize("units", ["edm", "model"])
+@pytest.mark.parametrize("name", ["GuidanceInterval", "GuidanceIntervalGuider"])
+def test_an_open_upper_bound_guides_the_first_step_of_a_flow_model(host, name, units):
+    """It is at t = 1, which is sigma = inf; the largest number that can be typed is below it."""
+    plain = harness.tiny_model("flow")
+    sigmas = sigmas_of(plain, "simple")
+    assert sigmas[0] == 1.0
+
+    def rows(sigma_hi):
+        inputs = {"model": plain, "sigma_lo": 0.4, "sigma_hi": sigma_hi, "units": units}
+        if name == "GuidanceInterval":
+            return rows_of(node(host, name, **inputs)[0], sigmas=sigmas, kind="flow")[0]
+        conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2), "cfg": 7.0}
+        return rows_of(plain, sigmas=sigmas, kind="flow", guider=node(host, name, **inputs, **conds)[0])[0]
+
+    assert rows(-1.0)[0] == 2
+    assert rows(1000000.0 if units == "edm" else 0.999)[0] == 1
+
+
+@pytest.mark.parametrize("kind", harness.MODELS)
+def test_an_open_bound_is_open_in_the_models_own_noise_levels(host, ours, kind):
+    interval = ours.patch.model_interval(
+        node(host, "GuidanceInterval", model=harness.tiny_model(kind), sigma_hi=-1.0)[0]
+    )
+    assert interval.sigma_hi == float("inf")
+
+
+def test_the_guider_has_the_units_and_the_outside_of_the_node(host, ours):
+    conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2), "cfg": 7.0}
+    inputs = {"model": harness.tiny_model("flow"), "sigma_lo": 0.2, "sigma_hi": 0.8, "units": "model"}
+    guider = node(host, "GuidanceIntervalGuider", **inputs, **conds, outside="keep other patches")[0]
+    patched = node(host, "GuidanceInterval", **inputs, outside="keep other patches")[0]
+    assert (
+        ours.patch.model_interval(guider.model_patcher) == ours.patch.model_interval(patched) == ours.Interval(0.2, 0.8)
+    )
+    wrappers = [m.get_wrappers("predict_noise", "guidance_interval") for m in (guider.model_patcher, patched)]
+    assert [w.__self__.outside for (w,) in wrappers] == ["keep other patches"] * 2
+
+
+def test_three_decimals_survive_the_front_end(host):
+    """It cuts what is typed to as many decimals as the step has."""
+    for name in ("GuidanceInterval", "GuidanceIntervalGuider"):
+        for field in ("sigma_lo", "sigma_hi"):
+            options = host.nodes[name].INPUT_TYPES()["required"][field][1]
+            assert options["step"] == 0.001 and not options["round"]
+            assert options["min"] == -1.0
+
+
+def test_inputs_that_are_hidden_by_default_need_not_be_sent(host):
+    for name, fields in (
+        ("GuidanceInterval", ("units", "outside")),
+        ("GuidanceIntervalGuider", ("units", "outside")),
+        ("GuidanceIntervalPreset", ("cfg",)),
+    ):
+        types = host.nodes[name].INPUT_TYPES()
+        for field in fields:
+            assert types["optional"][field][1]["advanced"] and "default" in types["optional"][field][1]
+        assert not any(options[1].get("advanced") for options in types["required"].values() if len(options) > 1)
+
+
+# ----------------------------------------------------------------------------
+# Before or after other nodes that wrap the evaluation.
+
+
+def wrap_evaluations(model, wrapper):
+    from comfy.patcher_extension import WrappersMP
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "another pack", wrapper)
+    return model
+
+
+def override_cfg(executor, *args, **kwargs):
+    """As core's CFGOverride does it."""
+    guider = executor.class_obj
+    saved, guider.cfg = guider.cfg, 7.5
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        guider.cfg = saved
+
+
+def halve(executor, x, *args, **kwargs):
+    return 0.5 * executor(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("outside", ["conditional only", "keep other patches"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_cfg_that_another_node_sets_is_limited(host, before, outside):
+    plain = harness.tiny_model("sd15")
+
+    def limit(model):
+        return node(host, "GuidanceInterval", model=model, outside=outside)[0]
+
+    stack = wrap_evaluations(limit(plain), override_cfg) if before else limit(wrap_evaluations(plain, override_cfg))
+    rows, final = rows_of(stack, cfg=1.0)
+    assert rows == [1, 1, 2, 2, 1, 1]
+    assert torch.equal(final, rows_of(limit(plain), cfg=7.5)[1])
+
+
+@pytest.mark.parametrize("outside", ["conditional only", "keep other patches"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_another_packs_wrapper_acts_at_every_step(host, before, outside):
+    plain = harness.tiny_model("sd15")
+
+    def limit(model):
+        return node(host, "GuidanceInterval", model=model, outside=outside)[0]
+
+    stack = wrap_evaluations(limit(plain), halve) if before else limit(wrap_evaluations(plain, halve))
+    nothing = node(host, "GuidanceInterval", model=plain, sigma_lo=500.0, sigma_hi=1000.0, outside=outside)[0]
+    nothing = wrap_evaluations(nothing, halve)
+    assert rows_of(stack)[0] == [1, 1, 2, 2, 1, 1]
+    assert torch.equal(rows_of(nothing)[1], rows_of(wrap_evaluations(plain, halve), cfg=1.0)[1])
+    other = limit(wrap_evaluations(plain, halve)) if before else wrap_evaluations(limit(plain), halve)
+    assert torch.equal(rows_of(stack)[1], rows_of(other)[1])
+
+
+# ----------------------------------------------------------------------------
+# What a run leaves behind.
+
+
+def test_a_run_leaves_nothing_on_the_guider_or_the_model(host):
+    import comfy.samplers
+
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(harness.conditioning(1), harness.conditioning(2))
+    guider.set_cfg(7.0)
+    before = set(vars(guider))
+    with torch.inference_mode():
+        sample = harness.sample(
+            guider, comfy.samplers.sampler_object("euler"), sigmas_of(model), torch.zeros(1, 4, 8, 8)
+        )
+    assert torch.isfinite(sample).all()
+    assert "guidance_interval" not in set(vars(guider)) - before
+    assert "guidance_interval" not in model.model_options
+
+
+def test_a_guider_that_samples_in_its_own_way_leaves_the_models_options_alone(host):
+    """It asks for evaluations on the model's own options, without the run that the host makes of it."""
+    import comfy.sampler_helpers
+    import comfy.samplers
+
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(harness.conditioning(1), harness.conditioning(2))
+    guider.set_cfg(7.0)
+    conds = {k: [c.copy() for c in v] for k, v in guider.original_conds.items()}
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode(), harness.counted_rows(model) as rows:
+        guider.inner_model, conds, _ = comfy.sampler_helpers.prepare_sampling(model, noise.shape, conds, {})
+        model.pre_run()
+        guider.conds = comfy.samplers.process_conds(guider.inner_model, noise, conds, torch.device("cpu"))
+        wrappers = model.model_options["transformer_options"].setdefault("wrappers", {})
+        wrappers.update({k: dict(v) for k, v in model.wrappers.items()})
+        for sigma, expected in ((8.0, 1), (1.0, 2), (0.1, 1)):
+            before = rows[0]
+            guider(noise, torch.tensor([sigma]), model.model_options, 0)
+            assert rows[0] - before == expected
+    assert "guidance_interval" not in model.model_options
+    model.cleanup()
+
+
+# ----------------------------------------------------------------------------
 # What is said.
 
 
@@ -339,16 +513,25 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("name", "inputs", "message"),
     [
-        ("GuidanceInterval", {"sigma_lo": NAN, "sigma_hi": 1.0}, "sigma_lo is NaN"),
+        ("GuidanceInterval", {"sigma_lo": NAN, "sigma_hi": 1.0}, "sigma_lo must lie between -1 and 1000000, got nan"),
         ("GuidanceInterval", {"sigma_lo": 2.0, "sigma_hi": 1.0}, "sigma_lo must be below sigma_hi"),
         ("GuidanceInterval", {"sigma_lo": 1.0, "sigma_hi": 1.0}, "sigma_lo must be below sigma_hi"),
-        ("GuidanceInterval", {"sigma_lo": -1.0, "sigma_hi": 1.0}, "must not be negative"),
-        ("GuidanceIntervalGuider", {"sigma_lo": 2.0, "sigma_hi": NAN}, "sigma_hi is NaN"),
-        ("GuidanceIntervalPercent", {"start_percent": 0.5, "end_percent": 0.5}, "start_percent < end_percent"),
-        ("GuidanceIntervalPercent", {"start_percent": NAN, "end_percent": 0.5}, "start_percent < end_percent"),
-        ("GuidanceIntervalPercent", {"start_percent": -0.1, "end_percent": 0.5}, "start_percent < end_percent"),
+        ("GuidanceInterval", {"sigma_lo": -2.0, "sigma_hi": 1.0}, "sigma_lo must lie between -1"),
+        ("GuidanceInterval", {"sigma_lo": 0.28, "sigma_hi": -0.5}, "sigma_hi must be 0 or above, or -1 for none"),
+        ("GuidanceInterval", {"sigma_lo": 0.28, "sigma_hi": 1000001.0}, "sigma_hi must lie between"),
+        ("GuidanceInterval", {"sigma_hi": 2000000.0}, "sigma_hi must lie between"),  # The other is linked.
+        ("GuidanceIntervalGuider", {"sigma_lo": 2.0, "sigma_hi": NAN}, "sigma_hi must lie between"),
+        ("GuidanceIntervalPercent", {"start_percent": 0.5, "end_percent": 0.5}, "start_percent must be below"),
+        (
+            "GuidanceIntervalPercent",
+            {"start_percent": NAN, "end_percent": 0.5},
+            "start_percent must lie between 0 and 1",
+        ),
+        ("GuidanceIntervalPercent", {"start_percent": 0.1, "end_percent": 1.5}, "end_percent must lie between 0 and 1"),
         ("GuidanceIntervalSteps", {"first_step": 5, "last_step": 4}, "first_step must not come after last_step"),
+        ("GuidanceIntervalSteps", {"first_step": 5, "last_step": 10001}, "last_step must lie between"),
         ("GuidanceIntervalCompare", {"intervals": "0.3, 5\n5, 0.3"}, "line 2: sigma_lo must be below"),
+        ("GuidanceIntervalCompare", {"intervals": "0.3, x"}, "inf or -1 leaves sigma_hi open"),
         ("GuidanceIntervalCompare", {"intervals": "0.3"}, "line 1: give sigma_lo and sigma_hi"),
         ("GuidanceIntervalCompare", {"intervals": " # none\n"}, "at least one interval"),
     ],
@@ -361,7 +544,7 @@ def test_linked_inputs_are_refused_when_they_are_known(host):
     plain = harness.tiny_model("sd15")
     with pytest.raises(ValueError, match="sigma_lo must be below"):
         node(host, "GuidanceInterval", model=plain, sigma_lo=2.0, sigma_hi=1.0)
-    with pytest.raises(ValueError, match="start_percent < end_percent"):
+    with pytest.raises(ValueError, match="start_percent must be below"):
         node(host, "GuidanceIntervalPercent", model=plain, start_percent=0.9, end_percent=0.1)
 
 
@@ -372,7 +555,9 @@ def test_linked_inputs_are_refused_when_they_are_known(host):
         ("GuidanceInterval", {"sigma_hi": 5.0}),  # sigma_lo is linked: known when it runs.
         ("GuidanceIntervalPercent", {"start_percent": 0.0, "end_percent": 1.0}),
         ("GuidanceIntervalSteps", {"first_step": 5, "last_step": -1}),
-        ("GuidanceIntervalCompare", {"intervals": "(0.28, 5.42]  # SDXL\n\n0 1"}),
+        ("GuidanceIntervalCompare", {"intervals": "(0.28, 5.42]  # SDXL\n\n0 1\n0.28, inf\n-1, -1"}),
+        ("GuidanceInterval", {"sigma_lo": -1.0, "sigma_hi": -1.0}),
+        ("GuidanceInterval", {"sigma_lo": 0.0, "sigma_hi": 1000000.0}),
     ],
 )
 def test_accepted(host, name, inputs):
@@ -400,3 +585,101 @@ def test_schedule_without_an_interval(host):
     plain = harness.tiny_model("sd15")
     with pytest.raises(ValueError, match="no guidance interval"):
         node(host, "GuidanceIntervalSchedule", model=plain, sigmas=sigmas_of(plain))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "guided"),
+    [([1.0, 0.0], 1), ([1.0, 0.5, 0.0, 0.0], 2), ([0.5, 0.0, 0.5, 0.0], 2), ([1.0, 1.0, 0.0], 2)],
+    ids=["one step", "an inner 0", "a restart", "twice at 1"],
+)
+def test_schedules_at_the_limits(host, sigmas, guided):
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("flow"), sigma_lo=0.28, sigma_hi=-1.0)[0]
+    plot, table, count, rows = node(host, "GuidanceIntervalSchedule", model=model, sigmas=torch.tensor(sigmas))
+    steps = len(sigmas) - 1
+    assert count == guided and rows == pytest.approx((steps + guided) / (2 * steps))
+    assert torch.isfinite(plot).all() and plot.min() < plot.max()
+    assert "(0.28, inf]" in table
+
+
+# ----------------------------------------------------------------------------
+# The comparison.
+
+
+def compare(host, kind="sd15", latent=None, **inputs):
+    model = harness.tiny_model(kind)
+    conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2)}
+    latent = {"samples": harness.empty_latent(kind)} if latent is None else latent
+    inputs = {
+        "model": model,
+        "vae": harness.tiny_vae(kind),
+        "latent": latent,
+        "steps": 6,
+        "scheduler": "karras",
+    } | inputs
+    with torch.inference_mode():
+        return node(host, "GuidanceIntervalCompare", **conds, **inputs)
+
+
+def rows_told(report):
+    return [int(line[18:].split()[0]) for line in report.splitlines()[1:] if "frames" not in line]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_cfg_pp"])
+def test_the_last_column_is_what_an_interval_does_outside(host, sampler):
+    _, images, report = compare(host, sampler=sampler, cfg=7.0, intervals="0.28, 5.42\n500, 1000")
+    assert rows_told(report) == [12, 8, 6, 6]
+    assert torch.equal(images[2], images[3])  # An interval without a step, and none at all.
+    assert not torch.equal(images[1], images[3])
+
+
+def test_the_comparison_takes_an_open_bound_and_an_interval_off_the_model(host):
+    limited = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
+    _, images, report = compare(host, model=limited, sampler="euler", cfg=7.0, intervals="0, inf\n-1 -1")
+    assert rows_told(report) == [12, 12, 12, 6]
+    assert report.count("(0, inf]") == 2
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+
+
+def test_the_comparison_says_nothing_of_an_interval_that_guides_nothing(host, caplog):
+    with caplog.at_level(logging.WARNING):
+        compare(host, sampler="euler", cfg=7.0, intervals="0.28, 5.42")
+    assert not [r for r in caplog.records if "nothing will be guided" in r.getMessage()]
+
+
+def test_of_a_video_a_few_frames_are_shown(host):
+    """9 latent frames are 33 pictures."""
+    latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
+    inputs = {"latent": latent, "sampler": "euler", "scheduler": "simple", "steps": 2, "intervals": "0.28, 5.42"}
+    grid, images, report = compare(host, "video", **inputs)
+    assert images.shape == (3 * 4, 64, 64, 3)
+    assert grid.shape == (1, 44 + 4 * 64, 3 * 200, 3)
+    assert "4 of 33 frames are shown" in report
+    assert not torch.equal(images[0], images[3])
+
+
+def test_sound_is_refused_before_it_is_sampled(host):
+    latent = {"samples": harness.empty_latent("sd15"), "type": "audio"}
+    with harness.counted_rows(harness.tiny_model("sd15")) as rows, pytest.raises(ValueError, match="is for sound"):
+        compare(host, latent=latent)
+    assert rows == [0]
+
+
+def test_a_linked_denoise_of_zero_is_refused(host):
+    with pytest.raises(ValueError, match=r"denoise must be at least 0\.01, got 0\.0"):
+        compare(host, denoise=0.0)
+    assert host.nodes["GuidanceIntervalCompare"].INPUT_TYPES()["required"]["denoise"][1]["min"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "size"), [(3, 2, 64), (30, 1, 512), (4, 8, 1024), (2, 1, 5000), (100, 4, 256), (5, 64, 512)]
+)
+def test_a_grid_is_of_a_size_that_can_be_looked_at(host, count, batch, size):
+    pictures = harness.our_module(host, "pictures")
+    shades = torch.linspace(0.05, 0.95, count)
+    columns = [(f"{i}", shade.expand(batch, size, size, 3)) for i, shade in enumerate(shades)]
+    grid = pictures.label_grid(columns)
+    assert max(grid.size) <= 1.5 * pictures.MAX_SIDE and grid.width * grid.height <= 2.5 * pictures.MAX_PIXELS
+    found = {value[0] for _, value in grid.convert("RGB").getcolors(1 << 24)}
+    assert {round(float(shade) * 255) for shade in shades} <= found  # Every column is there.
+    if count == 3:
+        assert grid.size == (3 * 200, 44 + 2 * 64)  # As it is where it fits.

@@ -66,6 +66,8 @@ def save_models(host, folder):
         weights = half(model.diffusion_model, "model.diffusion_model.") | half(vae, "first_stage_model.")
         weights |= half(clip, "cond_stage_model.transformer.")
         save_file(weights, folder / "checkpoints" / f"{name}.safetensors")
+    shutil.copy(folder / "checkpoints" / "sd.safetensors", folder / "checkpoints" / "sd-copy.safetensors")
+    save_file(small_lora(), folder / "loras" / "small.safetensors")
 
     mmdit = {**harness.MMDIT, "adm_in_channels": 2048, "dtype": torch.float32}
     mmdit["context_embedder_config"] = {
@@ -92,6 +94,13 @@ def save_models(host, folder):
 
     if "VAEDecodeAudio" in host.nodes:
         save_file(ace_step(), folder / "checkpoints" / "audio.safetensors")
+
+
+def small_lora():
+    generator = torch.Generator().manual_seed(3)
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    up, down = torch.randn(320, 4, generator=generator), torch.randn(4, 768, generator=generator)
+    return {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(4.0)}
 
 
 def ace_step():
@@ -168,7 +177,7 @@ def server(host, comfyui_path, tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
     for name in ("custom_nodes", "input", "output", "temp", "user"):
         (base / name).mkdir()
-    for name in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+    for name in ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae"):
         (base / "models" / name).mkdir(parents=True)
     listed = ["git", "-C", str(harness.ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
@@ -362,7 +371,7 @@ def test_an_open_interval_gives_the_same_as_plain_cfg(server, object_info, name)
         return [array.tobytes() for array in results(server, prompt)]
 
     stock = saved(plain=True)
-    assert saved(sigma_lo=0.0, sigma_hi=1000.0, units="model") == stock
+    assert saved(sigma_lo=0.0, sigma_hi=-1.0, units="model") == stock
     assert saved() != stock
 
 
@@ -370,8 +379,9 @@ def test_an_open_interval_gives_the_same_as_plain_cfg(server, object_info, name)
     ("bounds", "message"),
     [
         ({"sigma_lo": 5.0, "sigma_hi": 1.0}, "sigma_lo must be below sigma_hi"),
-        ({"sigma_lo": -1.0, "sigma_hi": 1.0}, "must not be negative"),
-        ({"sigma_lo": float("nan"), "sigma_hi": 1.0}, "NaN"),
+        ({"sigma_lo": -0.5, "sigma_hi": 1.0}, "sigma_lo must be 0 or above, or -1 for none"),
+        ({"sigma_lo": float("nan"), "sigma_hi": 1.0}, "sigma_lo must lie between -1 and 1000000, got nan"),
+        ({"sigma_lo": 0.0, "sigma_hi": float("inf")}, "sigma_hi must lie between -1 and 1000000, got inf"),
     ],
 )
 def test_bad_bounds_are_refused_before_anything_is_queued(server, object_info, bounds, message):
@@ -383,3 +393,61 @@ def test_bad_bounds_are_refused_before_anything_is_queued(server, object_info, b
         server.post("/prompt", {"prompt": prompt})
     assert refused.value.code == 400
     assert message in refused.value.read().decode()
+
+
+def test_hidden_inputs_need_not_be_sent(server, object_info):
+    prompt = small_prompt("sdxl_ksampler", object_info)
+    (ours,) = (node for node in prompt.values() if node["class_type"] == "GuidanceInterval")
+    complete = [array.tobytes() for array in results(server, prompt)]
+    assert ours["inputs"].pop("units") == "edm" and ours["inputs"].pop("outside") == "conditional only"
+    assert [array.tobytes() for array in results(server, prompt)] == complete
+
+
+@pytest.mark.parametrize("side", ["model", "model_negative"])
+def test_a_lora_on_one_side_of_the_guider(server, object_info, side):
+    """One checkpoint gives what two files give, of which nothing is shared."""
+
+    def saved(second_file, lora=True):
+        prompt = small_prompt("autoguidance_two_models", object_info)
+        (guider,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "GuidanceIntervalGuider")
+        first, second = guider["model"][0], guider["model_negative"][0]
+        prompt[first]["inputs"]["ckpt_name"] = "sd.safetensors"
+        prompt[second]["inputs"]["ckpt_name"] = second_file
+        if lora:
+            inputs = {"model": guider[side], "lora_name": "small.safetensors", "strength_model": 1.0}
+            prompt["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+            guider[side] = ["lora", 0]
+        guider |= {"sigma_lo": -1.0, "sigma_hi": -1.0}
+        return [array.tobytes() for array in results(server, prompt)]
+
+    shared = saved("sd.safetensors")
+    assert shared == saved("sd-copy.safetensors")
+    assert shared != saved("sd.safetensors", lora=False)
+
+
+def test_what_the_comparison_cannot_do_is_refused(server, object_info):
+    prompt = small_prompt("compare_intervals", object_info)
+    (ours,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "GuidanceIntervalCompare")
+    for field, value, message in (
+        ("denoise", 0.0, "smaller than min of 0.01"),
+        ("intervals", "0.28, much", "line 1: give sigma_lo and sigma_hi"),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.post("/prompt", {"prompt": {**prompt, **with_input(prompt, ours, field, value)}})
+        assert message in refused.value.read().decode()
+
+
+def with_input(prompt, inputs, field, value):
+    """The node of those inputs with another value."""
+    return {
+        key: {**node, "inputs": {**inputs, field: value}} for key, node in prompt.items() if node["inputs"] is inputs
+    }
+
+
+def test_the_nodes_are_found_by_what_users_call_them(object_info):
+    """Where the host knows aliases; others search the names alone."""
+    for name in NODES:
+        info = object_info[name]
+        assert "guidance interval" in info["display_name"].lower()
+        if "search_aliases" in info:
+            assert "cfg limiter" in info["search_aliases"]
