@@ -38,7 +38,7 @@ class Settings:
 
     def guides_any(self, sigma):
         """Whether an evaluation whose rows have these noise levels, a tensor [rows], is guided."""
-        return self.interval is not None and any(self.interval.guides(sigma))
+        return self.interval is not None and any(self.interval.guided_rows(sigma))
 
     def covers(self, hires_pass):
         """Whether the settings hold in this pass."""
