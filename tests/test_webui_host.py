@@ -883,15 +883,19 @@ def test_forge_at_a_cfg_scale_of_1_is_counted_as_it_runs(forge):
 
 
 def test_forge_keeps_the_functions_after_cfg_and_drops_another_formula(forge):
+    called = []
+
     def formula(args):
+        called.append(args)
         return args["uncond"] * 100
 
     def masked(args):
         return args["denoised"] + 1
 
     made = forge(False, {"sampler_cfg_function": formula, "sampler_post_cfg_function": [masked]})
+    called.clear()
     out, c, _ = made.sample()
-    assert torch.equal(out, c + 1)
+    assert torch.equal(out, c + 1) and not called
     assert made.first.model_options["sampler_post_cfg_function"] == [masked]
 
 
