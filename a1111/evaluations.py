@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import math
 from types import SimpleNamespace
 
 import torch
@@ -150,7 +151,10 @@ def _trial_run(sampler, recorder, scheduler, steps, denoising, hires):
         steps=steps,
         denoising_strength=denoising,
         eta=None,
-        **{name: getattr(shared.opts, name, default) for name, default in STOCHASTICITY.items()},
+        s_churn=shared.opts.s_churn,
+        s_tmin=shared.opts.s_tmin,
+        s_tmax=shared.opts.s_tmax or math.inf,
+        s_noise=shared.opts.s_noise,
         rng=SimpleNamespace(next=lambda: torch.zeros_like(x)),
         sampler_noise_scheduler_override=None,
         extra_generation_params={},
@@ -187,10 +191,6 @@ def _trial_run(sampler, recorder, scheduler, steps, denoising, hires):
         if "noise_sampler" in parameters:
             kwargs["noise_sampler"] = lambda sigma, sigma_next: torch.zeros_like(x)
         sampler.func(recorder, x, extra_args={}, callback=lambda state: None, disable=True, **kwargs)
-
-
-# The host's options for samplers that add noise, and the defaults of their samplers.
-STOCHASTICITY = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": 0.0, "s_noise": 1.0}
 
 
 @contextlib.contextmanager

@@ -196,9 +196,8 @@ def weighted_mean(preds, weights):
 
 def _patch_forge(params, inner, generation, guided):
     objects = forge_objects_of(inner)
-    unet = vars(objects.unet).get(
-        "before_guidance_interval", objects.unet
-    )  # An error stopped the last call before its modifiers ran.
+    # An error that stopped the last call before its modifiers ran left its own.
+    unet = vars(objects.unet).get("before_guidance_interval", objects.unet)
 
     def modifier(model, x, timestep, uncond, cond, cond_scale, model_options, seed):
         objects.unet = unet

@@ -5,6 +5,7 @@ The real ones are tests/webui. Here the samplers are k-diffusion's, and the netw
 
 import copy
 import importlib.util
+import inspect
 import sys
 import threading
 import types
@@ -142,7 +143,8 @@ class Sampler:
     def initialize(self, p):
         self.model_wrap_cfg.p = p
         self.host.sampling.torch = types.SimpleNamespace(hijacked_for=p)
-        return {"eta": self.host.shared.opts.eta} if "eta" in self.func.__code__.co_varnames else {}
+        kwargs = {"eta": self.host.shared.opts.eta, "s_churn": p.s_churn, "s_tmax": p.s_tmax}
+        return {name: value for name, value in kwargs.items() if name in inspect.signature(self.func).parameters}
 
     def sample(self, p, cond, uncond):
         kwargs = self.initialize(p)
@@ -168,6 +170,7 @@ class Processing:
     enable_hr = is_hr_pass = is_api = False
     batch_size = n_iter = 1
     cfg_scale = 7.0
+    s_churn, s_tmax = 0.0, float("inf")
     prompt = "a photo of a cat"
     seed = 1
     steps = 8
@@ -224,7 +227,9 @@ class Host(types.SimpleNamespace):
         self.functions = {"Euler": sampling.sample_euler, "Heun": sampling.sample_heun}
         self.functions |= {"Euler a": sampling.sample_euler_ancestral, "DPM++ 2M": sampling.sample_dpmpp_2m}
         self.shared = types.SimpleNamespace(
-            opts=types.SimpleNamespace(data={}, eta=1.0, grid_save=True, grid_format="png"),
+            opts=types.SimpleNamespace(
+                data={}, s_churn=0.0, s_tmin=0.0, s_tmax=0.0, s_noise=1.0, eta=1.0, grid_save=True, grid_format="png"
+            ),
             state=types.SimpleNamespace(interrupted=False, skipped=False, sampling_step=0, job_count=0),
             prompt_styles=types.SimpleNamespace(
                 apply_styles_to_prompt=lambda prompt, styles: " AND ".join([prompt, *styles])
@@ -710,6 +715,15 @@ def test_what_is_told_is_what_is_counted(host, sampler):
         assert one.rows_everywhere == 2 * (2 * steps - 1 if sampler == "Heun" else steps)
 
 
+def test_churn_raises_the_noise_level_that_is_evaluated(host):
+    evaluations, st = host.script.ui.evaluations, host.script.settings
+    controls = {"sampler": "Euler", "scheduler": "Karras", "steps": 8}
+    (plain,) = evaluations.passes(controls, st.from_controls(*ON[1:]))
+    host.shared.opts.s_churn = 2.0
+    (churned,) = evaluations.passes(controls, st.from_controls(*ON[1:]))
+    assert churned.sigmas == pytest.approx([s * 1.25 for s in plain.sigmas])
+
+
 def test_img2img_and_hires_fix_end_the_schedule(host):
     evaluations, st = host.script.ui.evaluations, host.script.settings
     settings = st.from_controls("custom", 0.28, 5.42, "First pass only")
@@ -869,15 +883,19 @@ def test_forge_at_a_cfg_scale_of_1_is_counted_as_it_runs(forge):
 
 
 def test_forge_keeps_the_functions_after_cfg_and_drops_another_formula(forge):
+    called = []
+
     def formula(args):
+        called.append(args)
         return args["uncond"] * 100
 
     def masked(args):
         return args["denoised"] + 1
 
     made = forge(False, {"sampler_cfg_function": formula, "sampler_post_cfg_function": [masked]})
+    called.clear()
     out, c, _ = made.sample()
-    assert torch.equal(out, c + 1)
+    assert torch.equal(out, c + 1) and not called
     assert made.first.model_options["sampler_post_cfg_function"] == [masked]
 
 

@@ -111,6 +111,9 @@ def test_the_hosts_options_count(webui, told, counted, monkeypatch):
     monkeypatch.setitem(shared.opts.data, "always_discard_next_to_last_sigma", True)
     monkeypatch.setitem(shared.opts.data, "eta_ancestral", 0.5)
     check(told(INTERVAL, sampler="DPM2 a"), counted(INTERVAL, sampler_name="DPM2 a"))
+    monkeypatch.setitem(shared.opts.data, "s_churn", 3.0)
+    for sampler in ("Euler", "Heun"):
+        check(told(INTERVAL, sampler=sampler), counted(INTERVAL, sampler_name=sampler))
 
 
 @pytest.mark.parametrize("ours", [NARROW, [*NARROW[:3], "First pass only"]])
