@@ -120,7 +120,8 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setenv("AT_WORK", site.env["AT_WORK"])
     yield site
     for process in site.started:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # And what a failing test's process has left.
         process.wait()
 
 
