@@ -31,7 +31,8 @@ from ..files import atomic_path, output_folder
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMAT = "guidance-interval-rows/2"  # 2: images are turned as their EXIF orientation says.
 BATCH = 32
-AHEAD = 2**26  # Pixels that are decoded at once, and bytes of tensors that wait: an image alone may have more.
+DECODED = 2**26  # Pixels that are decoded at once; an image alone may have more.
+AHEAD = 2**27  # Bytes of tensors that wait for their turn, and as many for their batch.
 SAVE_EVERY = 30.0  # Seconds, or 20 times what it takes.
 # What Pillow raises for broken files, found by breaking files of every format.
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, struct.error)
@@ -160,7 +161,7 @@ class Folder:
         self.label, self.names, self.keys = self.path.name, [], []
         self._found, self.unreadable = _scan(self.path)
         self.files = [name for name, *_ in self._found]
-        self._rows, self._statistics, self._decoding = {}, {}, _Share(AHEAD)
+        self._rows, self._statistics, self._decoding = {}, {}, _Share(DECODED)
 
     def __str__(self):
         return self.label
@@ -360,25 +361,22 @@ def _scan(folder):
 def _read_ahead(read, todo, extractors):
     """Yield read(file, extractors) of each file in order, from threads that are a few files ahead."""
     workers = min(8, os.cpu_count() or 1)
+    sizes = deque(maxlen=BATCH)  # Of what the last files became: as many of the largest may wait as AHEAD has room for.
     with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        ahead = deque()
+        ahead, room = deque(), 1
         try:
             for file in todo:
-                while len(ahead) > 2 * workers or sum(map(_bytes_of, ahead)) > AHEAD:
-                    yield ahead.popleft().result()
+                while len(ahead) >= room:
+                    done = ahead.popleft().result()
+                    sizes.append(sum(tensor.nbytes for tensor in done[2].values()))
+                    room = max(1, min(2 * workers, AHEAD // max(1, *sizes)))
+                    yield done
                 ahead.append(pool.submit(read, file, extractors))
             while ahead:
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _bytes_of(future):
-    """Bytes of the tensors of a file that has been read, and so wait for their batch."""
-    if not future.done() or future.exception():
-        return 0
-    return sum(tensor.nbytes for tensor in future.result()[2].values())
 
 
 def _note(text):
