@@ -53,19 +53,21 @@ def test_the_numbers_of_the_page_are_those_of_the_cells(quick):
     assert line.endswith(f"{1000 * cell.fd:.2f}, {cell.accuracy:.1%} |")
 
 
-def test_a_figure_of_the_heatmap_is_stated_only_of_bounds_that_were_measured(quick, tmp_path):
-    assert 0.1 not in results.QUICK.sigma_los and "raising `sigma_lo`" not in (quick / "results.md").read_text()
-    scale = results.Scale(samples=20, heat_weights=(2.0,), sigma_los=(0.0, 0.05, 0.25), sigma_his=(1.0, 2.5))
+def test_a_figure_of_the_heatmap_is_stated_only_of_bounds_that_were_measured(tmp_path):
     fd = {(0.0, 1.0): 1.0, (0.05, 1.0): 1.02, (0.25, 1.0): 1.5, (0.0, 2.5): 2.0, (0.05, 2.5): 2.1, (0.25, 2.5): 3.0}
-    cells = sweep.grid(scale.sigma_los, scale.sigma_his, scale.heat_weights)
-    measured = {
-        c: sweep.Measured(Scores(*[fd.get((c.sigma_lo, c.sigma_hi), 9.0) / 1000] * 3, 0.9, 1.0), 20.0, 1.0)
-        for c in cells
-    }
-    text = results.draw_heatmap(scale, {results.main_job(scale): measured}, tmp_path)
-    assert (
-        "raising `sigma_lo` from 0 up to 0.05 moves it by 5.0% at most (`sigma_hi` of 1 or more). Lowest: 1.00" in text
+
+    def text(*sigma_los):
+        scale = results.Scale(samples=20, heat_weights=(2.0,), sigma_los=sigma_los, sigma_his=(1.0, 2.5))
+        measured = {}
+        for cell in sweep.grid(scale.sigma_los, scale.sigma_his, scale.heat_weights):
+            value = fd.get((cell.sigma_lo, cell.sigma_hi), 9.0) / 1000
+            measured[cell] = sweep.Measured(Scores(value, value, value, 0.9, 1.0), 20.0, 1.0)
+        return results.draw_heatmap(scale, {results.main_job(scale): measured}, tmp_path)
+
+    assert "multiplies the distance by 2; raising `sigma_lo` from 0 up to 0.05 moves it by 5.0% at most" in text(
+        0.0, 0.05, 0.25
     )
+    assert "multiplies the distance by 2. Lowest: 1.00 in (0, 1]." in text(0.0, 0.25)  # As in the quick run.
 
 
 def test_the_thirds_are_all_steps_and_each_once():
