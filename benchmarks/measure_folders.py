@@ -1,6 +1,7 @@
 """`guidance-interval measure` on folders of digits: real ones, CFG everywhere, and CFG in an interval.
 
-Writes the folders, runs the command twice and prints the seconds and the peak memory of both runs.
+Writes the folders, runs the command twice and prints the seconds and the peak memory of both runs; with --write-only
+just the folders, to try the command on.
 `python benchmarks/measure_folders.py`
 """
 
@@ -33,12 +34,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/digits"), help="emptied first")
     parser.add_argument("--samples", type=int, default=2000, help="images per folder")
+    parser.add_argument("--write-only", action="store_true", help="measure nothing")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     lab = model.load()
     write(args.out / "real", lab, demo.real_digits(lab, args.samples, seed=0))
     for setting in SETTINGS:
         write(args.out / setting.name, lab, sample(lab, setting, args.samples))
+    if args.write_only:
+        return
 
     command = [sys.executable, "-m", "guidance_interval", "measure", "--reference", str(args.out / "real")]
     command += ["--images", *(str(args.out / s.name) for s in SETTINGS), "--features", "digits"]
