@@ -62,7 +62,7 @@ def test_every_sampler(told, counted, image, denoising):
     """All that the host has; those that go by the image say so."""
     from guidance_interval.a1111.evaluations import Unknown
 
-    controls = {"steps": 5} | ({} if denoising is None else {"denoising_strength": denoising})
+    controls = {"steps": 5} if denoising is None else {"steps": 8, "denoising_strength": denoising}
     kwargs = controls if denoising is None else {**controls, "image": image}
     unknown, wrong = set(), {}
     for name in samplers():
