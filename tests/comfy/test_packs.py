@@ -34,16 +34,17 @@ def guider_of(model, cfg=CFG):
 
 
 def replaced_sampling_function(model, weight=None, pre_cfg=False, post_cfg=True, guidance=None):
-    """For the time of a run, with a state that its own calc_cond_batch needs: windows over the frames.
+    """For the time of a run, with a state of that run, from which its own calc_cond_batch has windows over the frames.
 
-    weight: of a custom CFG, in place of the sampler's; guidance: a post-CFG function that it adds.
+    weight: of a custom CFG, in place of the sampler's; guidance: model options that it adds for CFG.
     """
+    import comfy.model_patcher
     import comfy.samplers
     from comfy.patcher_extension import WrappersMP
 
     def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options={}, seed=None):  # noqa: B006
-        state = {"windows": [slice(0, 3), slice(1, 4)]}
-        options = {**model_options, "transformer_options": {**model_options["transformer_options"], "of_pack": state}}
+        state = model_options["transformer_options"]["state_of_pack"]
+        options = {**model_options, "transformer_options": {**model_options["transformer_options"], **state}}
         scale = cond_scale if weight is None else weight
         if math.isclose(scale, 1.0) and not options.get("disable_cfg1_optimization"):
             uncond = None
@@ -51,14 +52,17 @@ def replaced_sampling_function(model, weight=None, pre_cfg=False, post_cfg=True,
         for fn in options.get("sampler_pre_cfg_function", []) if pre_cfg else ():
             args = {"conds": [cond, uncond], "conds_out": out, "cond_scale": scale, "timestep": timestep}
             out = fn({**args, "input": x, "sigma": timestep, "model": model, "model_options": options})
-        if guidance is not None:
-            options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), guidance]
+        for key, added in (guidance or {}).items():
+            options[key] = [*options.get(key, []), *added] if isinstance(added, list) else added
         if not post_cfg:
             return out[1] + (out[0] - out[1]) * scale
         return comfy.samplers.cfg_function(model, *out, scale, x, timestep, options, cond, uncond)
 
     def outer_sample(executor, *args, **kwargs):
-        before = comfy.samplers.sampling_function
+        guider, before = executor.class_obj, comfy.samplers.sampling_function
+        guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
+        state = {"windows_of_pack": [slice(0, 3), slice(1, 4)]}
+        guider.model_options["transformer_options"]["state_of_pack"] = state
         comfy.samplers.sampling_function = sampling_function
         try:
             return executor(*args, **kwargs)
@@ -66,7 +70,7 @@ def replaced_sampling_function(model, weight=None, pre_cfg=False, post_cfg=True,
             comfy.samplers.sampling_function = before
 
     def calc_cond_batch(executor, model, conds, x, timestep, model_options):
-        windows = model_options["transformer_options"]["of_pack"]["windows"]
+        windows = model_options["transformer_options"]["windows_of_pack"]
         out, count = [torch.zeros_like(x) for _ in conds], torch.zeros(len(x), 1, 1, 1)
         for window in windows:
             count[window] += 1
@@ -166,9 +170,16 @@ def test_nodes_beside_a_mechanism_are_kept(host, ours, name):
     assert verdict.kind == harness.EXACT, verdict
 
 
+ADDED = {
+    "before its end": {"sampler_cfg_function": lambda args: 0.9 * args["cond"]},
+    "after it": {"sampler_post_cfg_function": [lambda args: args["denoised"] + 0.3 * args["cond_denoised"]]},
+}
+
+
 @pytest.mark.parametrize("sampler", ["euler", "euler_cfg_pp"])
-def test_guidance_that_a_pack_adds_is_limited_too(host, ours, sampler):
-    def pack(model, weight=CFG, guidance=lambda args: args["denoised"] + 0.3 * args["cond_denoised"]):
+@pytest.mark.parametrize("where", ADDED)
+def test_guidance_that_a_pack_adds_is_limited_too(host, ours, where, sampler):
+    def pack(model, weight=CFG, guidance=ADDED[where]):
         return replaced_sampling_function(model, weight, guidance=guidance)
 
     interval = ours.patch.in_edm_units(ours.Interval(*INTERVAL))
