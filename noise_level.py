@@ -9,10 +9,10 @@ defined at their limits. Out of range raises ValueError.
 | ------------------------------ | ------------------------------ | ----------------------------------- |
 | eps and v, k-diffusion form    | sigma                          | the same                            |
 | eps and v, as trained          | alpha-bar of a timestep        | `alpha_bar_to_sigma`                |
-| v-diffusion                    | t in [0, 1], an angle          | `v_time_to_sigma`                   |
 | flow matching (SD3, Flux, ...) | t in [0, 1], (1-t) x0 + t n    | `flow_time_to_sigma`                |
 | EDM, EDM2                      | sigma for data of std. 0.5     | `rescale_sigma(sigma, 0.5)`         |
 | any                            | log-SNR                        | `log_snr_to_sigma`                  |
+| eps and v, as trained          | timestep, may be fractional    | `Timesteps`                         |
 | a sampling process             | percent of it, index of a step | `percent_to_sigma`, `steps_to_interval` |
 """
 
@@ -20,13 +20,16 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import torch
 
 from .sampler_patch import GuidanceInterval
 
 
 def _float64(value):
-    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", torch.float64)
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _conversion(low, high):
@@ -68,37 +71,10 @@ def log_snr_to_sigma(log_snr):
     return torch.exp(-log_snr / 2)
 
 
-@_conversion(0, math.inf)
-def sigma_to_log_snr(sigma):
-    """log_snr = -2 log(sigma), the inverse of `log_snr_to_sigma`."""
-    return -2 * torch.log(sigma)
-
-
 @_conversion(0, 1)
 def alpha_bar_to_sigma(alpha_bar):
     """sigma = sqrt((1 - abar) / abar): x_t = sqrt(abar) x0 + sqrt(1 - abar) n (Ho et al. 2020) over sqrt(abar)."""
     return ((1 - alpha_bar) / alpha_bar).sqrt()
-
-
-@_conversion(0, math.inf)
-def sigma_to_alpha_bar(sigma):
-    """abar = 1 / (1 + sigma^2), the inverse of `alpha_bar_to_sigma`.
-
-    Float64 holds the round trip to 1e-6 for sigma above 3e-5; below that abar is too near to 1.
-    """
-    return 1 / (1 + sigma**2)
-
-
-@_conversion(0, 1)
-def v_time_to_sigma(t):
-    """sigma = tan(pi t / 2) (k_diffusion/external.py, VDenoiser.t_to_sigma)."""
-    return torch.where(t == 1, torch.inf, torch.tan(t * (math.pi / 2)))
-
-
-@_conversion(0, math.inf)
-def sigma_to_v_time(sigma):
-    """t = 2 atan(sigma) / pi, the inverse of `v_time_to_sigma`."""
-    return sigma.atan() * (2 / math.pi)
 
 
 @_conversion(0, math.inf)
@@ -117,47 +93,36 @@ def rescale_sigma(sigma, sigma_data, to_sigma_data=1.0):
 # Along a sampling process.
 
 
-def percent_to_sigma(percent, model_sigmas):
-    """The noise level after a share `percent` (0 = start, 1 = end) of a discrete model's timesteps.
+class Timesteps:
+    """The noise levels of a discrete model, one per timestep, between which log sigma is linear.
 
-    model_sigmas: the model's own noise levels, one per timestep, increasing (1000 for Stable Diffusion), between
-    which log sigma is interpolated, as ComfyUI (comfy/model_sampling.py, ModelSamplingDiscrete) does. As there,
-    the two ends are open: 0 gives inf and 1 gives 0.
+    As in k-diffusion (external.py, DiscreteSchedule) and ComfyUI (comfy/model_sampling.py, ModelSamplingDiscrete).
+
+    model_sigmas: 1-D, positive, increasing (1000 for Stable Diffusion).
     """
-    log_sigmas = _log_sigmas(model_sigmas)
-    return _percent_to_sigma(percent, log_sigmas)
+
+    def __init__(self, model_sigmas):
+        sigmas = _float64(model_sigmas).numpy()
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not (np.diff(sigmas) >= 0).all() or not sigmas[0] > 0:
+            raise ValueError(f"model_sigmas must be 1-D, positive and increasing, got shape {list(sigmas.shape)}")
+        self.timesteps = np.arange(len(sigmas), dtype=np.float64)
+        self.log_sigmas = np.log(sigmas)
+
+    def sigma(self, timestep):
+        """Noise levels, a float64 tensor like `timestep`; beyond either end they are those of the end."""
+        log_sigma = np.interp(_float64(timestep).numpy(), self.timesteps, self.log_sigmas)
+        return torch.from_numpy(np.asarray(np.exp(log_sigma)))
 
 
 @_conversion(0, 1)
-def _percent_to_sigma(percent, log_sigmas):
-    timestep = (1 - percent) * (len(log_sigmas) - 1)
-    low = timestep.floor().long().clamp(max=len(log_sigmas) - 2)
-    sigma = torch.lerp(log_sigmas[low], log_sigmas[low + 1], timestep - low).exp()
-    return torch.where(percent <= 0, torch.inf, torch.where(percent >= 1, 0.0, sigma))
+def percent_to_sigma(percent, model_sigmas):
+    """The noise level after a share `percent` (0 = start, 1 = end) of a discrete model's timesteps.
 
-
-def sigma_to_percent(sigma, model_sigmas):
-    """The share of a discrete model's timesteps that is past at `sigma`, the inverse of `percent_to_sigma`.
-
-    Noise levels beyond the model's own give 0 and 1.
+    model_sigmas: as for `Timesteps`. The two ends are open, as in ComfyUI: 0 gives inf and 1 gives 0.
     """
-    log_sigmas = _log_sigmas(model_sigmas)
-    return _sigma_to_percent(sigma, log_sigmas)
-
-
-@_conversion(0, math.inf)
-def _sigma_to_percent(sigma, log_sigmas):
-    log_sigma = sigma.log().clamp(log_sigmas[0], log_sigmas[-1])
-    low = (torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, len(log_sigmas) - 2)
-    timestep = low + (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
-    return 1 - timestep / (len(log_sigmas) - 1)
-
-
-def _log_sigmas(model_sigmas):
-    sigmas = _float64(model_sigmas)
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[1:] > sigmas[:-1]).all()) or not sigmas[0] > 0:
-        raise ValueError(f"model_sigmas must be 1-D, positive and increasing, got shape {list(sigmas.shape)}")
-    return sigmas.log()
+    model = Timesteps(model_sigmas)
+    sigma = model.sigma((1 - percent) * model.timesteps[-1])
+    return torch.where(percent <= 0, torch.inf, torch.where(percent >= 1, 0.0, sigma))
 
 
 def steps_to_interval(sigmas, first, last):

@@ -8,7 +8,7 @@ from modules.processing import Processed, process_images
 
 from ..sampler_patch import GuidanceInterval
 from .host import ROWS_ATTRIBUTE, SETTINGS_ATTRIBUTE, say
-from .settings import TITLE, Settings
+from .settings import TITLE, Settings, describe
 
 WARM_UP_STEPS = 3  # Without them the first column alone pays for loading and tuning.
 
@@ -21,8 +21,8 @@ def run(p, settings):
     processing.fix_seed(p)
     columns = [
         ("CFG everywhere", Settings(GuidanceInterval())),
-        (f"Interval {settings.interval}", settings),
-        ("Conditional only", Settings(None)),
+        (f"Interval {describe(settings)}", settings),
+        ("Conditional only", Settings(None, settings.passes)),
     ]
     shared.state.job_count = 1 + len(columns) * p.n_iter
     _render(p, "Warming up", settings, n_iter=1, steps=min(p.steps, WARM_UP_STEPS), do_not_save_samples=True)
@@ -44,10 +44,6 @@ def _render(p, label, settings, **changed):
     cell.do_not_save_grid = True
     for name, value in changed.items():
         setattr(cell, name, value)
-    if settings.interval is None:
-        cell.cfg_scale = 1.0  # Says the same, in parameters that any web UI reproduces.
-        if hasattr(cell, "hr_cfg"):  # Forge's, for the second pass.
-            cell.hr_cfg = 1.0
     setattr(cell, SETTINGS_ATTRIBUTE, settings)
     start = time.perf_counter()
     processed = process_images(cell)

@@ -1,18 +1,26 @@
-"""What is read from the running web UI, and said to its user."""
+"""What one generation needs of the running web UI, and what is said to its user."""
 
-from types import SimpleNamespace
+import math
 
-from modules import scripts, sd_models, sd_samplers
+from fastapi import HTTPException
+from modules import scripts, shared
 
-from .. import noise_level
 from . import settings as st
-from .patch import ATTRIBUTE, Run, noise_levels
+from .patch import ATTRIBUTE, Generation
 
-# Of Stable Diffusion 1, 2 and XL.
-SIGMA_MIN, SIGMA_MAX = 0.0292, 14.6146
 AXES_ATTRIBUTE = "guidance_interval_axes"
 SETTINGS_ATTRIBUTE = "guidance_interval_settings"
 ROWS_ATTRIBUTE = "guidance_interval_rows"
+
+
+class GuidanceIntervalError(HTTPException, ValueError):
+    """What was asked for cannot be: shown under the gallery, and by the API as 422 with the same sentence."""
+
+    def __init__(self, message):
+        super().__init__(status_code=422, detail=message)
+
+    def __str__(self):
+        return self.detail
 
 
 def say(p, text):
@@ -28,38 +36,64 @@ def say(p, text):
 
 
 def begin(p, enabled, *controls):
-    """Put a Run on `p` if the dropdown, an axis or the accordion asks for one; called before it is processed."""
+    """Put a Generation on `p` if the dropdown, an axis or the accordion asks for one; called before it is processed."""
     end(p)
     for key in st.KEYS:  # X/Y/Z plot's cells share these parameters.
         p.extra_generation_params.pop(key, None)
     try:
         settings = chosen(p, enabled, controls)
     except ValueError as e:
-        say(p, f"{e}. This image has the web UI's own CFG.")
+        refuse(p, e)
         return
     if settings is None:
         return
-    setattr(p, ATTRIBUTE, Run(settings))
+    setattr(p, ATTRIBUTE, Generation(settings))
     p.extra_generation_params.update(settings.infotext(getattr(p, "enable_hr", False)))
 
 
 def chosen(p, enabled, controls):
-    """The Settings for `p`, or None for the host's own CFG."""
+    """The Settings for `p`, or None for the host's own CFG; raises ValueError."""
     if hasattr(p, SETTINGS_ATTRIBUTE):
         return getattr(p, SETTINGS_ATTRIBUTE)
+    if not isinstance(enabled, bool):
+        raise ValueError(f"the first argument, on or off, must be true or false, got {enabled!r}")
     axes = getattr(p, AXES_ATTRIBUTE, {})
     if not enabled and not axes:
         return None
-    settings = st.from_controls(*controls)
+    settings = checked(p, controls)
     return st.apply_axes(axes, settings) if axes else settings
 
 
+def checked(p, controls):
+    """`settings.from_controls`, and whether the API can answer: its JSON has no NaN and no infinity."""
+    if getattr(p, "is_api", False):
+        for name, value in zip(st.CONTROLS, controls, strict=False):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f'{name} must be a finite number (as text, "inf" leaves sigma_hi open), got {value}')
+    return st.from_controls(*controls)
+
+
+def refuse(p, error):
+    """Have the host stop before it samples: it goes on after an error of a script, but not after one of `p.init`."""
+
+    def init(*args, **kwargs):
+        raise GuidanceIntervalError(str(error))
+
+    init.refuses = True
+    p.init = init
+
+
 def check(p):
-    """After a batch was sampled: say once if the web UI evaluates its model in an unknown way."""
-    run = getattr(p, ATTRIBUTE, None)
-    if run is None or (run.calls and run.unknown is None):
+    """Say once if the web UI evaluates its model in an unknown way.
+
+    Called after a batch was sampled and before the host sets its count of steps back.
+    """
+    generation = getattr(p, ATTRIBUTE, None)
+    if generation is None or (generation.calls and generation.unknown is None):
         return
-    reason = run.unknown or "it announced no denoiser call"
+    if generation.unknown is None and not shared.state.sampling_step:
+        return  # Nothing was sampled: interrupted or skipped before, or DDIM with one step.
+    reason = generation.unknown or "it announced no denoiser call"
     say(p, f"this web UI or sampler is not supported ({reason}). The image has the web UI's own CFG.")
     for key in st.KEYS:
         p.extra_generation_params.pop(key, None)
@@ -67,10 +101,38 @@ def check(p):
 
 
 def end(p):
-    """Take the Run off `p`; its count of rows stays."""
+    """Take off `p` what `begin` put there; the count of rows stays."""
     if hasattr(p, ATTRIBUTE):
         setattr(p, ROWS_ATTRIBUTE, getattr(p, ATTRIBUTE).rows)
         delattr(p, ATTRIBUTE)
+    if hasattr(vars(p).get("init"), "refuses"):
+        del p.init
+
+
+# ----------------------------------------------------------------------------
+# The dropdown.
+
+
+def from_script(p, script, args):
+    """`(Settings, whether to compare)` from the arguments of the dropdown `script`; raises GuidanceIntervalError."""
+    wanted = script.args_to - script.args_from
+    given = wanted + len(p.script_args) - len(p.scripts.inputs)
+    try:
+        if given != wanted:  # The host puts the arguments of other scripts in the place of those that are missing.
+            raise ValueError(f"the script takes {wanted} arguments, got {given}")
+        if p.script_args[accordion_of(p).args_from]:
+            raise ValueError("it is on twice: choose the script in the dropdown or the accordion, not both")
+        *controls, compared = args
+        if not isinstance(compared, bool):
+            raise ValueError(f"the last argument, whether to compare, must be true or false, got {compared!r}")
+        return checked(p, controls), compared
+    except ValueError as e:
+        raise GuidanceIntervalError(str(e)) from e
+
+
+def accordion_of(p):
+    """Our accordion among the scripts of `p`."""
+    return next(s for s in p.scripts.alwayson_scripts if s.title() == st.TITLE)
 
 
 # ----------------------------------------------------------------------------
@@ -91,61 +153,33 @@ def _axes(AxisOption):
     for name, (kind, choices) in st.AXES.items():
 
         def apply(p, x, xs, name=name):
+            _check_grid(p, xs)
             setattr(p, AXES_ATTRIBUTE, {**getattr(p, AXES_ATTRIBUTE, {}), name: x})  # New: cells are shallow copies.
 
         def confirm(p, xs, name=name):
-            st.check_axis(name, xs)
+            try:
+                st.check_axis(name, xs)
+            except ValueError as e:
+                raise GuidanceIntervalError(str(e)) from e
 
         offered = None if choices is None else (lambda choices=choices: choices)
-        yield AxisOption(f"[{st.TITLE}] {name}", kind, apply, confirm=confirm, choices=offered)
+        yield AxisOption(st.axis_label(name), kind, apply, confirm=confirm, choices=offered)
 
 
-# ----------------------------------------------------------------------------
-# The schedule, for the picture.
+def _check_grid(p, xs):
+    """Raise GuidanceIntervalError, which ends the run at its first cell, if any cell can have no interval.
 
-
-def step_sigmas(sampler_name, scheduler, steps, denoising=1.0):
-    """`(sigmas, note)`: the noise levels at which the steps begin, decreasing, as the host would choose them.
-
-    denoising below 1 leaves what img2img runs of them. Before a model is loaded it is Stable Diffusion's range.
+    X/Y/Z plot confirms one axis at a time, and shows a cell that fails as an empty one. xs: the values of one of
+    our axes, by which a run is told from an earlier one.
     """
-    steps = int(steps)
+    axes = [getattr(shared.state, f"xyz_plot_{letter}", None) for letter in "xyz"]
+    if not any(a is not None and a.values is xs for a in axes):
+        return
+    names = {st.axis_label(name): name for name in st.AXES}
+    grid = {names[a.axis.label]: a.values for a in axes if a.axis.label in names}
+    accordion = accordion_of(p)
     try:
-        sampler = sd_samplers.create_sampler(sampler_name, _loaded_model())
-        sigmas = _host_sigmas(sampler, scheduler, steps)
-        note = ""
-        if sampler.config.options.get("second_order"):
-            note = "This sampler evaluates the network twice a step; each evaluation goes by its own noise level."
-    except Exception:
-        sigmas = noise_level.schedule("karras", max(steps, 2), SIGMA_MIN, SIGMA_MAX)[:-1].tolist()
-        note = "(For the noise levels of Stable Diffusion, until a model is loaded.)"
-    if denoising < 1:
-        sigmas = sigmas[-(int(min(denoising, 0.999) * steps) + 1) :]
-    return sigmas, note
-
-
-def _loaded_model():
-    model = sd_models.model_data.sd_model  # Not shared.sd_model, which may load one.
-    if model is None:
-        raise LookupError("no model is loaded")
-    return model
-
-
-def _host_sigmas(sampler, scheduler, steps):
-    p = SimpleNamespace(
-        is_hr_pass=False,
-        scheduler=scheduler,
-        hr_scheduler=scheduler,
-        sampler_noise_scheduler_override=None,
-        extra_generation_params={},
-        steps=steps,
-        sampler_name=sampler.config.name,
-        width=512,
-        height=512,
-        override_settings={},
-    )
-    if hasattr(sampler, "get_sigmas"):
-        levels = sampler.get_sigmas(p, steps)[:-1]
-    else:
-        levels = sampler.get_timesteps(p, steps).flip(0)
-    return [s for s in noise_levels(sampler.model_wrap_cfg, levels).tolist() if s > 0]
+        _, *controls = p.script_args[accordion.args_from : accordion.args_to]
+        st.check_grid(grid, st.from_controls(*controls))
+    except ValueError as e:
+        raise GuidanceIntervalError(str(e)) from e

@@ -10,12 +10,12 @@ mean of theirs, by weight: sum(w c) / sum(w).
 
 import torch
 
-from ..noise_level import alpha_bar_to_sigma, flow_time_to_sigma
+from ..noise_level import Timesteps, alpha_bar_to_sigma, flow_time_to_sigma
 
-ATTRIBUTE = "guidance_interval"  # Where a Run stands on `p`.
+ATTRIBUTE = "guidance_interval"  # Where a Generation stands on `p`.
 
 
-class Run:
+class Generation:
     """One generation: its Settings, and what was counted.
 
     calls: denoiser calls that were judged. rows: batch rows that the network evaluated in them.
@@ -26,30 +26,42 @@ class Run:
         self.settings = settings
         self.calls = self.rows = 0
         self.unknown = None
+        self._inner = self._noise_levels = None
+
+    def noise_levels(self, inner, sigma):
+        """`noise_levels_of(inner)(sigma)`; what the model is like is looked up once, and again when it changes."""
+        if inner is not self._inner:
+            self._inner, self._noise_levels = inner, noise_levels_of(inner)
+        return self._noise_levels(sigma)
 
 
 def on_cfg_denoiser(params):
-    """The callback, for any generation; does nothing unless a Run stands on its `p`."""
+    """The callback, for any generation; does nothing unless a Generation stands on its `p`."""
     denoiser = getattr(params, "denoiser", None)
     p = getattr(denoiser, "p", None)
-    run = getattr(p, ATTRIBUTE, None)
-    if run is None or run.unknown is not None:
+    generation = getattr(p, ATTRIBUTE, None)
+    if generation is None or generation.unknown is not None:
         return
-    patch = _patch_for(params)
+    inner = getattr(denoiser, "inner_model", None)  # Made anew when the refiner takes over: looked up at every call.
+    patch = _patch_for(params, inner)
     if patch is None:
-        run.unknown = f"{type(denoiser).__name__} evaluates its model in a way that is not known"
+        generation.unknown = f"{type(denoiser).__name__} evaluates its model in a way that is not known"
         return
-    run.calls += 1
+    generation.calls += 1
+    settings = generation.settings
     guided = True
-    if params.text_uncond is not None and run.settings.covers(getattr(p, "is_hr_pass", False)):
-        guided = run.settings.guides(noise_levels(denoiser, params.sigma))
-    patch(params, run, guided)
+    if params.text_uncond is not None and settings.covers(getattr(p, "is_hr_pass", False)):
+        try:
+            guided = settings.guides_any(generation.noise_levels(inner, params.sigma))
+        except (AttributeError, TypeError, ValueError) as e:
+            generation.unknown = f"its noise levels cannot be read: {type(e).__name__}: {e}"
+            return
+    patch(params, inner, generation, guided)
 
 
-def _patch_for(params):
+def _patch_for(params, inner):
     """By what the host offers: Forge's unet patcher, or A1111's module that takes cond and uncond as rows."""
-    inner = getattr(params.denoiser, "inner_model", None)
-    if hasattr(getattr(inner, "inner_model", None), "forge_objects"):
+    if forge_objects_of(inner) is not None:
         return _patch_forge
     if isinstance(inner, torch.nn.Module) and hasattr(params.denoiser, "combine_denoised"):
         cond, uncond = num_rows(params.text_cond), num_rows(params.text_uncond)
@@ -58,60 +70,54 @@ def _patch_for(params):
     return None
 
 
+def forge_objects_of(inner):
+    """What Forge and reForge keep behind a denoiser's inner model, or None on Automatic1111."""
+    return getattr(getattr(inner, "inner_model", None), "forge_objects", None)
+
+
 # ----------------------------------------------------------------------------
 # Noise levels.
 
 
-def noise_levels(denoiser, sigma):
-    """The host's `sigma`, [rows], in the units of k-diffusion: x = x0 + sigma n.
+def noise_levels_of(inner):
+    """The function from the `sigma` that the host passes with this inner model to noise levels.
 
-    A1111's timestep samplers (DDIM, PLMS, UniPC) pass a timestep, and flow-matching models a time in [0, 1].
+    Both are tensors [rows]; noise levels are in the units of k-diffusion, x = x0 + sigma n, for data of unit
+    scale. A1111's timestep samplers (DDIM, PLMS, UniPC) pass a timestep, flow-matching models a time in [0, 1],
+    and EDM models of Forge and reForge (Playground 2.5) a sigma for data of another scale.
     """
-    inner = denoiser.inner_model
-    forge = getattr(getattr(inner, "inner_model", None), "forge_objects", None)
-    if forge is not None:
-        model = forge.unet.model
-        schedule = getattr(getattr(model, "predictor", None) or model.model_sampling, "sigmas", None)
+    objects = forge_objects_of(inner)
+    if objects is not None:
+        model = objects.unet.model
+        sampling = getattr(model, "predictor", None) or model.model_sampling
     else:
-        schedule = getattr(inner, "sigmas", None)
-        if schedule is None:
-            return timestep_to_sigma(sigma, inner.inner_model.alphas_cumprod)
-    if schedule is not None and float(schedule[-1]) <= 1:  # No model of another kind ends so low.
-        return flow_time_to_sigma(sigma.double().clamp(0, 1))
-    return sigma
-
-
-def timestep_to_sigma(timestep, alphas_cumprod):
-    """sigma = sqrt((1 - abar) / abar) at a timestep that may be fractional; between two, log sigma is linear.
-
-    timestep: [rows]; alphas_cumprod: [timesteps], decreasing. Returns float64 [rows] on the CPU.
-    """
-    log_sigmas = alpha_bar_to_sigma(alphas_cumprod).log()
-    t = timestep.detach().cpu().double().clamp(0, len(log_sigmas) - 1)
-    low = t.floor().long().clamp(max=len(log_sigmas) - 2)
-    return torch.lerp(log_sigmas[low], log_sigmas[low + 1], t - low).exp()
+        sampling = inner
+        if not hasattr(inner, "sigmas"):
+            timesteps = Timesteps(alpha_bar_to_sigma(inner.inner_model.alphas_cumprod))
+            return timesteps.sigma
+    if float(sampling.sigmas[-1]) <= 1:  # No model of another kind ends so low.
+        return lambda t: flow_time_to_sigma(t.double().clamp(0, 1))
+    sigma_data = 1.0 if objects is None else getattr(sampling, "sigma_data", 1.0)
+    return (lambda sigma: sigma) if sigma_data == 1 else (lambda sigma: sigma / sigma_data)
 
 
 # ----------------------------------------------------------------------------
 # Automatic1111. The host asks its inner model for the rows of cond, then of uncond, in one batch or several.
 
 
-def _patch_a1111(params, run, guided):
-    inner = params.denoiser.inner_model  # Made anew when the refiner takes over: looked up at every call.
-    forward = inner.forward
-    if isinstance(forward, _Rows):
-        forward = forward.forward
-    inner.forward = _Rows(forward, inner, params, run, guided)
+def _patch_a1111(params, inner, generation, guided):
+    forward = getattr(inner.forward, "before_guidance_interval", inner.forward)  # An interrupted call left its own.
+    inner.forward = _Rows(forward, inner, params, generation, guided)
 
 
 class _Rows:
     """Stands for `inner.forward` during one denoiser call, which it counts and, if unguided, cuts."""
 
-    def __init__(self, forward, inner, params, run, guided):
-        self.forward = forward
+    def __init__(self, forward, inner, params, generation, guided):
+        self.before_guidance_interval = forward
         self.inner = inner
         self.params = params
-        self.run = run
+        self.generation = generation
         self.guided = guided
         self.seen = 0
         self.conds = []
@@ -120,10 +126,10 @@ class _Rows:
         num_cond = num_rows(self.params.text_cond)  # Read late: another extension may have changed it.
         batch = x.shape[0]
         keep = batch if self.guided else min(max(num_cond - self.seen, 0), batch)
-        out = [self.forward(x, sigma, **kwargs)] if keep == batch else []
+        out = [self.before_guidance_interval(x, sigma, **kwargs)] if keep == batch else []
         if 0 < keep < batch:
-            out = [self.forward(x[:keep], sigma[:keep], **take_rows(kwargs, keep, batch))]
-        self.run.rows += keep
+            out = [self.before_guidance_interval(x[:keep], sigma[:keep], **take_rows(kwargs, keep, batch))]
+        self.generation.rows += keep
         if not self.guided:
             self.conds += out
             out = out + [self.conditional(row - num_cond) for row in range(self.seen + keep, self.seen + batch)]
@@ -142,8 +148,8 @@ class _Rows:
     def remove(self):
         if self.inner.__dict__.get("forward") is self:
             del self.inner.forward
-            if self.inner.forward != self.forward:
-                self.inner.forward = self.forward
+            if self.inner.forward != self.before_guidance_interval:
+                self.inner.forward = self.before_guidance_interval
 
 
 def num_rows(cond):
@@ -188,11 +194,10 @@ def weighted_mean(preds, weights):
 # Forge and reForge. The unet patcher's last conditioning modifier has the last word on cond, uncond and weight.
 
 
-def _patch_forge(params, run, guided):
-    objects = params.denoiser.inner_model.inner_model.forge_objects
-    unet = objects.unet
-    if isinstance(unet, _OneCall):  # An error stopped the last call before its modifiers ran.
-        unet = unet.unet
+def _patch_forge(params, inner, generation, guided):
+    objects = forge_objects_of(inner)
+    # An error that stopped the last call before its modifiers ran left its own.
+    unet = vars(objects.unet).get("before_guidance_interval", objects.unet)
 
     def modifier(model, x, timestep, uncond, cond, cond_scale, model_options, seed):
         objects.unet = unet
@@ -202,7 +207,7 @@ def _patch_forge(params, run, guided):
         evaluates_uncond = uncond is not None and (
             abs(cond_scale - 1) > 1e-9 or model_options.get("disable_cfg1_optimization", False)
         )
-        run.rows += x.shape[0] * (len(cond) + (len(uncond) if evaluates_uncond else 0))
+        generation.rows += x.shape[0] * (len(cond) + (len(uncond) if evaluates_uncond else 0))
         return model, x, timestep, uncond, cond, cond_scale, model_options, seed
 
     modifiers = unet.model_options.get("conditioning_modifiers", [])
@@ -213,11 +218,11 @@ class _OneCall:
     """A unet patcher with other model_options; its clone() would deep-copy what other extensions keep there."""
 
     def __init__(self, unet, model_options):
-        self.unet = unet
+        self.before_guidance_interval = unet
         self.model_options = model_options
 
     def __getattr__(self, name):
-        return getattr(self.unet, name)
+        return getattr(self.before_guidance_interval, name)
 
 
 def conditional_only(model_options, unet_options):

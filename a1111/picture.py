@@ -1,47 +1,77 @@
-"""Which steps are guided, and what that saves, as a small picture in HTML."""
+"""Which evaluations are guided, and what that saves, as a small picture in HTML."""
 
 import math
+from dataclasses import dataclass
 
 WIDTH, HEIGHT = 600, 64
 GUIDED, UNGUIDED = "#f97316", "#9ca3af"
 
 
-def count(guided):
-    """`(rows, rows with CFG everywhere)` per image, from whether each step is guided, one evaluation per step."""
-    return len(guided) + sum(guided), 2 * len(guided)
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a generation, as it will be sampled.
+
+    sigmas: noise levels of the network's evaluations, in order. guided: whether each is.
+    cond, uncond: rows per image of a guided evaluation; an unguided one takes those of cond alone.
+    """
+
+    sigmas: list
+    guided: list
+    cond: int = 1
+    uncond: int = 1
+
+    @property
+    def rows(self):
+        """Network rows per image."""
+        return self.cond * len(self.guided) + self.uncond * sum(self.guided)
+
+    @property
+    def rows_everywhere(self):
+        """The same with CFG everywhere."""
+        return (self.cond + self.uncond) * len(self.guided)
 
 
-def caption(guided):
-    """One sentence on the guided steps and the share of the network's rows that is saved."""
-    rows, everywhere = count(guided)
+def caption(passes, steps=None):
+    """One sentence on the guided evaluations and the share of the network's rows that is saved.
+
+    steps: those that the user asked for; where each is one evaluation, they are counted as steps.
+    """
+    guided = [g for one in passes for g in one.guided]
+    one, many = ("step", "steps") if steps == len(guided) else ("evaluation", "evaluations")
+    rows, everywhere = (sum(getattr(p, name) for p in passes) for name in ("rows", "rows_everywhere"))
     saved = f"{rows} network rows per image instead of {everywhere}, {1 - rows / everywhere:.0%} saved."
     if not any(guided):
-        return f"None of the {len(guided)} steps is guided: the negative prompt and CFG have no effect. {saved}"
-    steps = [i + 1 for i, g in enumerate(guided) if g]
-    span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    return f"{len(steps)} of {len(guided)} steps are guided ({span}): {saved}"
+        return f"None of the {len(guided)} {many} is guided: the negative prompt and CFG have no effect. {saved}"
+    which = [i + 1 for i, g in enumerate(guided) if g]
+    span = f"{one} {which[0]}" if len(which) == 1 else f"{many} {which[0]} to {which[-1]}"
+    gaps = "" if len(which) == which[-1] - which[0] + 1 else ", with gaps"
+    return f"{len(which)} of {len(guided)} {many} are guided ({span}{gaps}): {saved}"
 
 
-def draw(sigmas, interval, note=""):
-    """HTML for the steps that start at the noise levels `sigmas`, a list, decreasing; `note` ends the caption.
+def draw(passes, steps=None, note=""):
+    """HTML for `[Pass]`; `note` ends the caption.
 
-    One bar a step, as high as log sigma; guided ones in colour. Draws with SVG alone, in light and dark themes.
+    One bar an evaluation, as high as log sigma; guided ones in colour. Draws with SVG alone, in light and dark
+    themes.
     """
-    guided = [s in interval for s in sigmas]
-    low, high = math.log(min(sigmas)), math.log(max(sigmas))
+    sigmas = [sigma for one in passes for sigma in one.sigmas]
+    guided = [g for one in passes for g in one.guided]
+    finite = [math.log(s) for s in sigmas if 0 < s < math.inf]  # Flow matching starts at inf.
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     width = WIDTH / len(sigmas)
     bars = []
     for i, (sigma, g) in enumerate(zip(sigmas, guided, strict=True)):
-        share = 1.0 if high == low else (math.log(sigma) - low) / (high - low)
+        level = high if sigma == math.inf else low if sigma <= 0 else math.log(sigma)
+        share = 1.0 if high == low else (level - low) / (high - low)
         height = HEIGHT * (0.1 + 0.9 * share)
         bars.append(
             f'<rect x="{i * width:.1f}" y="{HEIGHT - height:.1f}" width="{max(width - 2, 1):.1f}" '
             f'height="{height:.1f}" rx="2" fill="{GUIDED if g else UNGUIDED}" fill-opacity="{1 if g else 0.45}">'
-            f"<title>step {i + 1}: sigma {sigma:.4g}, {'guided' if g else 'conditional only'}</title></rect>"
+            f"<title>{i + 1}: sigma {sigma:.4g}, {'guided' if g else 'conditional only'}</title></rect>"
         )
     return (
         '<div class="guidance-interval-picture" style="margin:4px 0">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
         f'style="width:100%;height:{HEIGHT}px;display:block">{"".join(bars)}</svg>'
-        f'<div style="font-size:0.85em;opacity:0.85;margin-top:4px">{caption(guided)} {note}</div></div>'
+        f'<div style="font-size:0.85em;opacity:0.85;margin-top:4px">{caption(passes, steps)} {note}</div></div>'
     )

@@ -1,6 +1,8 @@
 """What the user asked for: the controls' values, X/Y/Z axes and infotext, with no web UI needed to read them."""
 
+import itertools
 import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -9,12 +11,15 @@ from ..sampler_patch import GuidanceInterval
 
 TITLE = "Guidance Interval"
 CUSTOM = "custom"
-PRESET_NAMES = [*PRESETS, CUSTOM]
+CONDITIONAL_ONLY = "conditional only"
+PRESET_NAMES = [*PRESETS, CONDITIONAL_ONLY, CUSTOM]
 DEFAULT_PRESET = "sdxl"
 
 BOTH_PASSES = "Both passes"
 FIRST_PASS = "First pass only"
 PASSES = [BOTH_PASSES, FIRST_PASS]
+
+CONTROLS = ("preset", "sigma_lo", "sigma_hi", "passes")  # In their order in the UI and in the API.
 
 # The keys in an image's parameters.
 INTERVAL_KEY = "Guidance interval"
@@ -33,9 +38,9 @@ class Settings:
     interval: GuidanceInterval | None
     passes: str = BOTH_PASSES
 
-    def guides(self, sigma):
-        """Whether an evaluation whose rows have these noise levels (tensor) is guided."""
-        return self.interval is not None and bool(self.interval.mask(sigma).any())
+    def guides_any(self, sigma):
+        """Whether an evaluation whose rows have these noise levels, a tensor [rows], is guided."""
+        return self.interval is not None and any(self.interval.guides(sigma))
 
     def covers(self, hires_pass):
         """Whether the settings hold in this pass."""
@@ -44,31 +49,49 @@ class Settings:
     def infotext(self, hires):
         """The entries for the image's parameters; `hires`: whether the generation has a second pass.
 
-        None where the interval says what the host's CFG does without us, or what a CFG scale of 1 says.
+        None where the interval says what the host's CFG does without us.
         """
-        if self.interval in (None, GuidanceInterval()):
+        if self.interval == GuidanceInterval():
             return {}
-        text = {INTERVAL_KEY: format_interval(self.interval)}
+        text = {INTERVAL_KEY: CONDITIONAL_ONLY if self.interval is None else format_interval(self.interval)}
         if hires and self.passes != BOTH_PASSES:
             text[PASSES_KEY] = self.passes
         return text
 
 
+# ----------------------------------------------------------------------------
+# Controls.
+
+
 def from_controls(preset, sigma_lo, sigma_hi, passes):
-    """The Settings of the controls, in their order in the UI and in the API; raises ValueError in plain words.
+    """The Settings of the values of CONTROLS; raises ValueError in plain words.
 
     A preset wins over the two numbers; "custom" takes the numbers.
     """
     if preset not in PRESET_NAMES:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESET_NAMES)}")
+        raise ValueError(f"preset must be one of {', '.join(PRESET_NAMES)}, got {preset!r}")
     if passes not in PASSES:
-        raise ValueError(f"unknown choice of passes {passes!r}; there are {', '.join(PASSES)}")
-    if preset != CUSTOM:
-        return Settings(get_preset(preset).interval(), passes)
+        raise ValueError(f"passes must be {' or '.join(map(repr, PASSES))}, got {passes!r}")
+    if preset == CUSTOM:
+        return Settings(bounds(sigma_lo, sigma_hi), passes)
+    return Settings(None if preset == CONDITIONAL_ONLY else get_preset(preset).interval(), passes)
+
+
+def bounds(sigma_lo, sigma_hi):
+    """The GuidanceInterval of two numbers as the controls give them: a sigma_hi of 0 or "inf" has no upper limit."""
+    if sigma_hi is None or (isinstance(sigma_hi, bool | str) and str(sigma_hi).strip().casefold() != "inf"):
+        raise ValueError(f'sigma_hi must be a number, or 0 or "inf" for no upper limit, got {sigma_hi!r}')
+    if sigma_hi == 0 or isinstance(sigma_hi, str):
+        sigma_hi = math.inf
     try:
-        return Settings(GuidanceInterval(sigma_lo, sigma_hi), passes)
+        return GuidanceInterval(sigma_lo, sigma_hi)
     except TypeError as e:  # An empty number box gives None.
         raise ValueError(str(e)) from e
+
+
+def slider(sigma_hi):
+    """`sigma_hi` as the slider shows it, which has no inf."""
+    return 0.0 if math.isinf(sigma_hi) else sigma_hi
 
 
 def preset_of(sigma_lo, sigma_hi):
@@ -97,11 +120,16 @@ def _format_number(value):
 
 
 def parse_interval(text):
-    """The GuidanceInterval of `0.28-5.42`; raises ValueError for anything else."""
+    """The GuidanceInterval of `0.28-5.42`, or None for "conditional only"; raises ValueError for anything else."""
+    plain = str(text).strip().casefold()
+    if plain == CONDITIONAL_ONLY:
+        return None
     try:
-        sigma_lo, sigma_hi = (float(part) for part in str(text).strip().strip("([])").split("-"))
+        sigma_lo, sigma_hi = (float(part) for part in re.split("[-\N{EN DASH}\N{EM DASH}]", plain.strip("([])")))
     except ValueError as e:
-        raise ValueError(f"{text!r} is not an interval; write it as sigma_lo-sigma_hi, like 0.28-5.42") from e
+        raise ValueError(
+            f"{text!r} is not an interval; write it as sigma_lo-sigma_hi, like 0.28-5.42 or 0.28-inf"
+        ) from e
     return GuidanceInterval(sigma_lo, sigma_hi)
 
 
@@ -116,13 +144,11 @@ def paste(params):
     except (KeyError, ValueError):
         return False, None, None, None, None
     passes = params.get(PASSES_KEY)
-    return (
-        True,
-        preset_of(interval.sigma_lo, interval.sigma_hi),
-        interval.sigma_lo,
-        interval.sigma_hi,
-        passes if passes in PASSES else BOTH_PASSES,
-    )
+    passes = passes if passes in PASSES else BOTH_PASSES
+    if interval is None:
+        return True, CONDITIONAL_ONLY, None, None, passes
+    preset = preset_of(interval.sigma_lo, interval.sigma_hi)
+    return True, preset, interval.sigma_lo, slider(interval.sigma_hi), passes
 
 
 # ----------------------------------------------------------------------------
@@ -133,8 +159,13 @@ AXES = {  # Name of the axis: (type of its values, choices or None)
     "sigma_lo": (float, None),
     "sigma_hi": (float, None),
     "interval": (str, None),
-    "preset": (str, [*PRESETS, OFF]),
+    "preset": (str, [*PRESETS, CONDITIONAL_ONLY, OFF]),
 }
+
+
+def axis_label(name):
+    """The axis as X/Y/Z plot lists it."""
+    return f"[{TITLE}] {name}"
 
 
 def check_axis(name, values):
@@ -143,17 +174,40 @@ def check_axis(name, values):
         apply_axes({name: value}, Settings(GuidanceInterval()))
 
 
+def check_grid(grid, settings):
+    """Raise ValueError if a cell of `{axis: values}` has no interval, `settings` being those of the accordion."""
+    impossible = []
+    for cell in itertools.product(*grid.values()):
+        try:
+            apply_axes(dict(zip(grid, cell, strict=True)), settings)
+        except ValueError:
+            impossible.append(" with ".join(f"{name} {value}" for name, value in zip(grid, cell, strict=True)))
+    if impossible:
+        more = f" and {len(impossible) - 3} more" if len(impossible) > 3 else ""
+        others = "" if {"sigma_lo", "sigma_hi"} <= grid.keys() else f" (the accordion has {describe(settings)})"
+        raise ValueError(
+            f"X/Y/Z plot has cells in which sigma_lo is not below sigma_hi: {'; '.join(impossible[:3])}{more}{others}. "
+            f"Leave those values out, or list the intervals that you want on the axis {axis_label('interval')}"
+        )
+
+
+def describe(settings):
+    """The interval of `settings` in words."""
+    return CONDITIONAL_ONLY if settings.interval is None else str(settings.interval)
+
+
 def apply_axes(axes, settings):
     """The Settings of a cell, from `{axis: value}` and those of the accordion; None is the host's own CFG."""
     interval = settings.interval
     for name in ("preset", "interval"):
-        value = axes.get(name)
-        if value is None:
-            continue
+        value = axes.get(name, "").strip().casefold()
         if value == OFF:
             return None
-        interval = get_preset(value).interval() if name == "preset" else parse_interval(value)
+        if value == CONDITIONAL_ONLY:
+            interval = None
+        elif value:
+            interval = get_preset(value).interval() if name == "preset" else parse_interval(value)
     if "sigma_lo" in axes or "sigma_hi" in axes:
-        bounds = axes.get("sigma_lo", interval.sigma_lo), axes.get("sigma_hi", interval.sigma_hi)
-        interval = GuidanceInterval(*bounds)
+        base = interval or GuidanceInterval()
+        interval = bounds(axes.get("sigma_lo", base.sigma_lo), axes.get("sigma_hi", base.sigma_hi))
     return Settings(interval, settings.passes)

@@ -1,26 +1,52 @@
 """The controls, built once for the dropdown script and for the accordion; Gradio 3 and 4."""
 
-import math
-
 import gradio as gr
+from modules import shared
 from modules.infotext_utils import PasteField
 
-from . import host, picture
+from . import evaluations, picture
 from . import settings as st
 
-# The host's own components that decide the schedule, by elem_id without the tab.
-SCHEDULE = {
-    "txt2img": ("sampling", "scheduler", "steps"),
-    "img2img": ("sampling", "scheduler", "steps", "denoising_strength"),
+# The host's own components that decide what is evaluated: {tab: {elem_id: name in evaluations.passes}}.
+CONTROLS = {
+    "txt2img": {
+        "txt2img_prompt": "prompt",
+        "txt2img_styles": "styles",
+        "txt2img_sampling": "sampler",
+        "txt2img_scheduler": "scheduler",
+        "txt2img_steps": "steps",
+        "txt2img_cfg_scale": "cfg_scale",
+        "txt2img_hr-checkbox": "hires",
+        "txt2img_hires_steps": "hires_steps",
+        "txt2img_denoising_strength": "hires_denoising_strength",
+        "txt2img_hr_cfg": "hires_cfg_scale",
+        "hr_sampler": "hires_sampler",
+        "hr_scheduler": "hires_scheduler",
+        "hires_prompt": "hires_prompt",
+    },
+    "img2img": {
+        "img2img_prompt": "prompt",
+        "img2img_styles": "styles",
+        "img2img_sampling": "sampler",
+        "img2img_scheduler": "scheduler",
+        "img2img_steps": "steps",
+        "img2img_cfg_scale": "cfg_scale",
+        "img2img_image_cfg_scale": "image_cfg_scale",
+        "img2img_denoising_strength": "denoising_strength",
+    },
 }
-_seen = {"txt2img": {}, "img2img": {}}
+_seen = {"txt2img": {}, "img2img": {}}  # {tab: {name: component}}
+_redraw = {"txt2img": [], "img2img": []}  # Of each of our pictures: the arguments of `component.change`.
 
 
 def remember(component, elem_id):
-    """Note a component of the host from which the picture reads the schedule; called for each one created."""
-    tab, _, name = (elem_id or "").partition("_")
-    if name in SCHEDULE.get(tab, ()):
-        _seen[tab][name] = component
+    """Note a component of the host that the picture depends on; called for each one created."""
+    for tab, names in CONTROLS.items():
+        if elem_id in names:
+            _seen[tab][names[elem_id]] = component
+        elif elem_id == f"html_log_{tab}":  # Changes when an image is done; by then a model is loaded.
+            for redraw in _redraw[tab]:
+                component.change(**redraw)
 
 
 def controls(tab, name, opened=None):
@@ -50,19 +76,24 @@ def controls(tab, name, opened=None):
             0, 10, value=interval.sigma_lo, step=0.01, label="sigma_lo: guidance ends", elem_id=elem_id("sigma_lo")
         )
         sigma_hi = gr.Slider(
-            0, 20, value=interval.sigma_hi, step=0.01, label="sigma_hi: guidance begins", elem_id=elem_id("sigma_hi")
+            0,
+            20,
+            value=interval.sigma_hi,
+            step=0.01,
+            label="sigma_hi: guidance begins (0: no upper limit)",
+            elem_id=elem_id("sigma_hi"),
         )
-    names = [n for n in SCHEDULE[tab] if n in _seen[tab]]
-    schedule = [_seen[tab][n] for n in names]
+    hosts = _seen[tab]
+    names = list(hosts)
+    ours = [preset, sigma_lo, sigma_hi, passes]
 
-    def draw(lo, hi, *values):
-        return picture_of(lo, hi, dict(zip(names, values, strict=True)))
+    def draw(*values):
+        return picture_of(values[: len(ours)], dict(zip(names, values[len(ours) :], strict=True)))
 
-    first = draw(interval.sigma_lo, interval.sigma_hi, *[c.value for c in schedule])
-    html = gr.HTML(first, elem_id=elem_id("picture"))
+    html = gr.HTML(draw(*[c.value for c in [*ours, *hosts.values()]]), elem_id=elem_id("picture"))
 
     def choose(name, lo, hi):
-        if name == st.CUSTOM:
+        if name not in st.PRESETS:
             return lo, hi
         chosen = st.get_preset(name).interval()
         return chosen.sigma_lo, chosen.sigma_hi
@@ -71,24 +102,27 @@ def controls(tab, name, opened=None):
     preset.change(choose, [preset, *bounds], bounds, show_progress=False)
     for bound in bounds:
         bound.change(st.preset_of, bounds, preset, show_progress=False)
-    for component in [*bounds, *schedule, *([] if opened is None else [opened])]:
-        component.change(draw, [*bounds, *schedule], html, show_progress=False)
-    return [preset, sigma_lo, sigma_hi, passes]
+    redraw = {"fn": draw, "inputs": [*ours, *hosts.values()], "outputs": html, "show_progress": False}
+    _redraw[tab].append(redraw)
+    for component in [*ours, *([] if opened is None else [opened])]:
+        component.change(**redraw)
+    for name, component in hosts.items():
+        (component.blur if "prompt" in name else component.change)(**redraw)
+    return ours
 
 
-def picture_of(sigma_lo, sigma_hi, schedule):
-    """The picture's HTML, or in its place the reason why there is none."""
+def picture_of(ours, hosts):
+    """The picture's HTML, or in its place the reason why there is none.
+
+    ours: the values of our controls; hosts: of the host's, by the names in CONTROLS.
+    """
     try:
-        interval = st.GuidanceInterval(sigma_lo, sigma_hi)
-    except (TypeError, ValueError) as e:
+        settings = st.from_controls(*ours)
+        passes = evaluations.passes(hosts, settings)
+    except (ValueError, evaluations.Unknown) as e:
         return f"<div>{e}</div>"
-    sigmas, note = host.step_sigmas(
-        schedule.get("sampling"),
-        schedule.get("scheduler"),
-        schedule.get("steps", 20),
-        schedule.get("denoising_strength", 1.0),
-    )
-    return picture.draw(sigmas, interval, note)
+    savers = shared.opts.data.get("skip_early_cond", 0) or shared.opts.data.get("s_min_uncond", 0)
+    return picture.draw(passes, hosts["steps"], "NGMS or Skip Early CFG is on and may save more." if savers else "")
 
 
 def paste_fields(enabled, components):
@@ -97,9 +131,7 @@ def paste_fields(enabled, components):
     def field(component, index):
         def value(params):
             pasted = st.paste(params)[index]
-            if pasted is None or (isinstance(pasted, float) and math.isinf(pasted)):
-                return gr.update()
-            return pasted
+            return gr.update() if pasted is None else pasted
 
         return PasteField(component, value)
 

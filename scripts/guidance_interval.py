@@ -13,13 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_package():
-    """The extension's folder as a package, loaded once; extensions share sys.modules, so not by a bare import."""
+    """The extension's folder as a package, by path: extensions share sys.modules, where a bare import may meet another.
+
+    Loaded anew with each load of this script: "Reload UI" is how an update takes effect.
+    """
     for name in ("guidance_interval", "guidance_interval_extension"):
         loaded = sys.modules.get(name)
-        if loaded is not None and Path(loaded.__file__).resolve().parent == ROOT:
-            return loaded
-        if loaded is None:
+        if loaded is None or Path(loaded.__file__ or "").resolve().parent == ROOT:
             break
+    for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+        del sys.modules[module]
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     package = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
@@ -55,7 +58,7 @@ class Accordion(scripts.Script):
     def process(self, p, *args):
         host.begin(p, *args)
 
-    def postprocess_batch(self, p, *args, **kwargs):
+    def post_sample(self, p, *args):
         host.check(p)
 
     def postprocess(self, p, processed, *args):
@@ -79,13 +82,7 @@ class Dropdown(scripts.Script):
         return [*components, compared]
 
     def run(self, p, *args):
-        *controls, compared = args
-        accordion = next(s for s in p.scripts.alwayson_scripts if isinstance(s, Accordion))
-        if p.script_args[accordion.args_from]:
-            raise ValueError(
-                "Guidance Interval is on twice: choose the script in the dropdown or the accordion, not both"
-            )
-        chosen = settings.from_controls(*controls)
+        chosen, compared = host.from_script(p, self, args)
         if compared:
             return compare.run(p, chosen)
         setattr(p, host.SETTINGS_ATTRIBUTE, chosen)

@@ -9,11 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sigmas = st.floats(1e-4, 1e4)
+
+
+def log_snr(sigma):
+    return -2 * torch.as_tensor(sigma, dtype=torch.float64).log()
+
+
+def alpha_bar(sigma):
+    return 1 / (1 + torch.as_tensor(sigma, dtype=torch.float64) ** 2)
+
+
 PAIRS = [
     (noise_level.sigma_to_flow_time, noise_level.flow_time_to_sigma),
-    (noise_level.sigma_to_log_snr, noise_level.log_snr_to_sigma),
-    (noise_level.sigma_to_alpha_bar, noise_level.alpha_bar_to_sigma),
-    (noise_level.sigma_to_v_time, noise_level.v_time_to_sigma),
+    (log_snr, noise_level.log_snr_to_sigma),
+    (alpha_bar, noise_level.alpha_bar_to_sigma),
 ]
 # Stable Diffusion's training schedule: 1000 timesteps, betas linear in their square root.
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -47,20 +56,12 @@ def test_monotonic(there, back, a, b):
 def test_known_values():
     assert noise_level.flow_time_to_sigma(0.5) == 1
     assert noise_level.sigma_to_flow_time(3.0) == 0.75
-    assert noise_level.sigma_to_log_snr(math.e) == pytest.approx(-2)
+    assert noise_level.log_snr_to_sigma(-2.0) == pytest.approx(math.e)
     assert noise_level.alpha_bar_to_sigma(0.5) == 1
-    assert noise_level.v_time_to_sigma(0.5) == pytest.approx(1)
     assert noise_level.rescale_sigma(1.61, 0.5) == pytest.approx(3.22)
     # The noise levels that Stable Diffusion's own tools print.
     assert SD_SIGMAS[0].item() == pytest.approx(0.0292, abs=1e-4)
     assert SD_SIGMAS[-1].item() == pytest.approx(14.6146, abs=1e-4)
-
-
-def test_v_time_is_k_diffusion_s():
-    from k_diffusion.external import VDenoiser
-
-    t = torch.linspace(0.01, 0.99, 50)
-    torch.testing.assert_close(noise_level.v_time_to_sigma(t).float(), VDenoiser(None).t_to_sigma(t), rtol=1e-4, atol=0)
 
 
 @given(sigmas, st.floats(0.1, 10), st.floats(0.1, 10))
@@ -70,18 +71,27 @@ def test_rescale_round_trip(sigma, a, b):
     assert there / b == pytest.approx(sigma / a, rel=1e-6)
 
 
-@given(st.floats(0.001, 0.999))
-def test_percent_round_trip(percent):
-    sigma = noise_level.percent_to_sigma(percent, SD_SIGMAS)
-    assert noise_level.sigma_to_percent(sigma, SD_SIGMAS) == pytest.approx(percent, rel=1e-6)
+def test_timesteps_are_k_diffusion_s():
+    from k_diffusion.external import DiscreteSchedule
+
+    t = torch.linspace(0, 999, 777)
+    theirs = DiscreteSchedule(SD_SIGMAS, quantize=False).t_to_sigma(t)
+    torch.testing.assert_close(noise_level.Timesteps(SD_SIGMAS).sigma(t), theirs.double(), rtol=1e-4, atol=0)
+
+
+def test_timesteps_between_and_beyond():
+    timesteps = noise_level.Timesteps(SD_SIGMAS)
+    assert timesteps.sigma(torch.tensor([0, 500, 999])).tolist() == pytest.approx(SD_SIGMAS[[0, 500, 999]].tolist())
+    assert timesteps.sigma(500.5).item() == pytest.approx(math.sqrt(SD_SIGMAS[500] * SD_SIGMAS[501]))
+    assert timesteps.sigma(torch.tensor([-1.0, 1000.0])).tolist() == pytest.approx(SD_SIGMAS[[0, -1]].tolist())
 
 
 def test_percent_ends_are_open_and_a_timestep_is_itself():
     assert noise_level.percent_to_sigma(0.0, SD_SIGMAS) == math.inf
     assert noise_level.percent_to_sigma(1.0, SD_SIGMAS) == 0
     assert noise_level.percent_to_sigma(1 - 500 / 999, SD_SIGMAS) == pytest.approx(SD_SIGMAS[500].item())
-    assert noise_level.sigma_to_percent(100.0, SD_SIGMAS) == 0
-    assert noise_level.sigma_to_percent(0.0, SD_SIGMAS) == 1
+    shares = noise_level.percent_to_sigma(torch.tensor([0.0, 0.25, 1.0]), SD_SIGMAS)
+    assert shares.tolist() == [math.inf, noise_level.percent_to_sigma(0.25, SD_SIGMAS), 0]
 
 
 @given(st.integers(0, 19), st.integers(0, 19))
@@ -120,7 +130,7 @@ def test_schedules_are_k_diffusion_s(name):
     [
         (lambda: noise_level.flow_time_to_sigma(1.5), r"flow_time_to_sigma: 1.5 is out of range.*\[0, 1\]"),
         (lambda: noise_level.sigma_to_flow_time(-1.0), "sigma_to_flow_time: -1.0 is out of range"),
-        (lambda: noise_level.sigma_to_log_snr(math.nan), "nan is out of range"),
+        (lambda: noise_level.log_snr_to_sigma(math.nan), "nan is out of range"),
         (lambda: noise_level.alpha_bar_to_sigma(torch.tensor([0.5, 2.0])), "out of range"),
         (lambda: noise_level.percent_to_sigma(1.5, SD_SIGMAS), "1.5 is out of range"),
         (lambda: noise_level.percent_to_sigma(0.5, SD_SIGMAS.flip(0)), "model_sigmas must be 1-D, positive and incr"),

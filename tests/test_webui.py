@@ -36,9 +36,15 @@ def test_a_preset_wins_over_the_numbers_and_custom_takes_them():
 @pytest.mark.parametrize(
     "controls, said",
     [
-        (("sd9", 0, 1, st.BOTH_PASSES), "there are sdxl"),
+        (("sd9", 0, 1, st.BOTH_PASSES), "preset must be one of sdxl.*got 'sd9'"),
         (("custom", 5, 1, st.BOTH_PASSES), "swap them"),
-        (("custom", None, 1, st.BOTH_PASSES), "sigma_lo must be a number"),
+        (("custom", None, 1, st.BOTH_PASSES), "sigma_lo must be a number, got None"),
+        (("custom", "1", 2, st.BOTH_PASSES), "sigma_lo must be a number, got '1'"),
+        (("custom", 0, None, st.BOTH_PASSES), 'sigma_hi must be a number, or 0 or "inf" for no upper limit, got None'),
+        (("custom", 0, "6", st.BOTH_PASSES), "sigma_hi must be a number, or 0.*got '6'"),
+        (("custom", 0, False, st.BOTH_PASSES), "sigma_hi must be a number, or 0.*got False"),
+        (("custom", 0, math.nan, st.BOTH_PASSES), "sigma_hi is NaN"),
+        (("custom", -1, 2, st.BOTH_PASSES), "sigma_lo must not be negative"),
         (("sdxl", 0, 1, "third pass"), "First pass only"),
     ],
 )
@@ -47,10 +53,19 @@ def test_what_cannot_be_is_refused_in_plain_words(controls, said):
         st.from_controls(*controls)
 
 
+@pytest.mark.parametrize("hi", [0, 0.0, "inf", " INF ", math.inf])
+def test_an_upper_bound_can_be_open(hi):
+    assert st.from_controls("custom", 0.28, hi, st.BOTH_PASSES).interval == GuidanceInterval(0.28, math.inf)
+
+
+def test_conditional_only_is_a_preset_without_an_interval():
+    assert st.from_controls("conditional only", 5, 1, st.FIRST_PASS) == st.Settings(None, st.FIRST_PASS)
+
+
 def test_guides_half_open_and_by_any_row(settings):
-    assert [settings.guides(torch.tensor([s])) for s in (0.28, 0.281, 5.42, 5.43)] == [False, True, True, False]
-    assert settings.guides(torch.tensor([9.0, 1.0]))
-    assert not st.Settings(None).guides(torch.tensor([1.0]))
+    assert [settings.guides_any(torch.tensor([s])) for s in (0.28, 0.281, 5.42, 5.43)] == [False, True, True, False]
+    assert settings.guides_any(torch.tensor([9.0, 1.0]))
+    assert not st.Settings(None).guides_any(torch.tensor([1.0]))
 
 
 def test_first_pass_only_leaves_hires_alone():
@@ -82,14 +97,23 @@ def test_every_interval_survives_the_infotext(a, b):
 
 def test_what_the_host_does_anyway_is_not_written():
     assert st.Settings(GuidanceInterval()).infotext(hires=True) == {}
-    assert st.Settings(None).infotext(hires=True) == {}
+
+
+def test_conditional_only_survives_the_infotext():
+    for passes in st.PASSES:
+        text = st.Settings(None, passes).infotext(hires=True)
+        assert text["Guidance interval"] == "conditional only"
+        assert st.paste(text) == (True, "conditional only", None, None, passes)
 
 
 def test_open_ends_and_small_numbers_survive():
-    for interval in (GuidanceInterval(), GuidanceInterval(1e-7, 80)):
+    for interval in (GuidanceInterval(), GuidanceInterval(1e-7, 80), GuidanceInterval(0.28)):
         assert st.parse_interval(st.format_interval(interval)) == interval
     assert st.format_interval(GuidanceInterval(1e-7, 80)) == "0.0000001-80"
-    assert st.parse_interval(" (0.28-5.42] ") == GuidanceInterval(0.28, 5.42)
+    for text in (" (0.28-5.42] ", "0.28 - 5.42", "0.28\N{EN DASH}5.42"):
+        assert st.parse_interval(text) == GuidanceInterval(0.28, 5.42)
+    assert st.parse_interval("0.28-INF") == GuidanceInterval(0.28)
+    assert st.parse_interval(" Conditional Only") is None
 
 
 def test_paste_restores_every_control_and_switches_off_without_our_key(settings):
@@ -97,6 +121,9 @@ def test_paste_restores_every_control_and_switches_off_without_our_key(settings)
     assert st.paste(first.infotext(hires=True)) == (True, "sdxl", 0.28, 5.42, st.FIRST_PASS)
     other = st.from_controls("custom", 0.3, 5, st.BOTH_PASSES)
     assert st.paste(other.infotext(hires=True)) == (True, "custom", 0.3, 5.0, st.BOTH_PASSES)
+    opened = st.from_controls("custom", 0.28, "inf", st.BOTH_PASSES)
+    assert st.paste(opened.infotext(hires=True)) == (True, "custom", 0.28, 0.0, st.BOTH_PASSES)
+    assert st.from_controls(*st.paste(opened.infotext(hires=True))[1:]) == opened
     assert st.paste({"Steps": "20"})[0] is False
     assert st.paste({"Guidance interval": "much"})[0] is False
 
@@ -112,13 +139,44 @@ def test_axes_override_what_they_name(settings):
     assert st.apply_axes({"preset": "edm2-xxl-fid"}, settings).interval == get_preset("edm2-xxl-fid").interval()
     assert st.apply_axes({"preset": "sdxl", "sigma_hi": 9.0}, settings).interval == GuidanceInterval(0.28, 9)
     assert st.apply_axes({"preset": "off"}, settings) is None
-    assert st.apply_axes({"interval": "off"}, settings) is None
+    assert st.apply_axes({"interval": " OFF "}, settings) is None
+    assert st.apply_axes({"preset": "SDXL"}, settings).interval == GuidanceInterval(0.28, 5.42)
+    for axis in ("preset", "interval"):
+        assert st.apply_axes({axis: "Conditional only"}, settings) == st.Settings(None)
+    assert st.apply_axes({"sigma_hi": math.inf}, settings).interval == GuidanceInterval(0.28)
+    assert st.apply_axes({"sigma_hi": 0.0}, settings).interval == GuidanceInterval(0.28)
+    assert st.apply_axes({"sigma_lo": 1.0}, st.Settings(None)).interval == GuidanceInterval(1.0)
 
 
 @pytest.mark.parametrize("axis, value", [("interval", "5-1"), ("interval", "x"), ("preset", "sd9"), ("sigma_lo", -1.0)])
 def test_an_axis_is_checked_before_anything_is_rendered(axis, value):
     with pytest.raises(ValueError):
         st.check_axis(axis, [value])
+
+
+@pytest.mark.parametrize(
+    "grid, said",
+    [
+        ({"sigma_lo": [0.28, 6.0]}, r"below sigma_hi: sigma_lo 6.0 \(the accordion has \(0.28, 5.42\]\)"),
+        (
+            {"sigma_lo": [0, 3, 6], "sigma_hi": [2, 6]},
+            "lo 3 with sigma_hi 2; sigma_lo 6 with sigma_hi 2; .* sigma_hi 6. L",
+        ),
+        ({"sigma_lo": [5, 6, 7, 8], "sigma_hi": [1]}, "sigma_lo 7 with sigma_hi 1 and 1 more. Leave"),
+        ({"preset": ["sdxl", "edm2-xxl-fid"], "sigma_lo": [4]}, "preset edm2-xxl-fid with sigma_lo 4"),
+    ],
+)
+def test_a_grid_with_impossible_cells_is_refused(settings, grid, said):
+    with pytest.raises(ValueError, match=said):
+        st.check_grid(grid, settings)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [{}, {"sigma_lo": [0, 3], "sigma_hi": [5, 0, math.inf]}, {"preset": ["sdxl", "off"], "sigma_lo": [0, 5]}],
+)
+def test_a_grid_whose_every_cell_has_an_interval_is_not(settings, grid):
+    st.check_grid(grid, settings)
 
 
 # ----------------------------------------------------------------------------
@@ -137,14 +195,14 @@ class Inner(torch.nn.Module):
 
 
 def announce(weights, uncond_rows, guided):
-    """`(inner, params, run)` as A1111 has them at a call whose images join prompts of these weights."""
+    """`(inner, params, generation)` as A1111 has them at a call whose images join prompts of these weights."""
     prompts = sum(map(len, weights))
     inner = Inner()
     batch = [[types.SimpleNamespace(weight=w) for w in image] for image in weights]
     cond = types.SimpleNamespace(batch=batch)
     sampler = types.SimpleNamespace(sampler_extra_args={"cond": cond})
     interval = GuidanceInterval() if guided else None
-    run = patch.Run(st.Settings(interval))
+    run = patch.Generation(st.Settings(interval))
     denoiser = types.SimpleNamespace(
         inner_model=inner,
         sampler=sampler,
@@ -264,34 +322,102 @@ def test_weights_without_a_mean_have_a_documented_answer():
     assert patch.weighted_mean(preds, [-1.0, -1.0]).item() == 1
 
 
-def test_timesteps_become_noise_levels():
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alphas = (1 - betas).cumprod(0)
-    sigmas = ((1 - alphas) / alphas).sqrt()
-    assert patch.timestep_to_sigma(torch.tensor([0, 500, 999]), alphas).tolist() == pytest.approx(
-        [sigmas[0].item(), sigmas[500].item(), sigmas[999].item()]
+def forge(**sampling):
+    """A denoiser's inner model as Forge has it, with a unet of this kind."""
+    sampling = {"sigmas": torch.linspace(0.03, 14.6, 10), **sampling}
+    unet = types.SimpleNamespace(
+        model=types.SimpleNamespace(predictor=types.SimpleNamespace(**sampling)), model_options={}
     )
-    between = patch.timestep_to_sigma(torch.tensor([500.5]), alphas).item()
-    assert between == pytest.approx(math.sqrt(sigmas[500] * sigmas[501]))
+    return types.SimpleNamespace(inner_model=types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet)))
+
+
+def test_timesteps_become_noise_levels():
+    alphas = torch.tensor([0.9, 0.5, 0.1])
+    inner = types.SimpleNamespace(inner_model=types.SimpleNamespace(alphas_cumprod=alphas))
+    levels = patch.noise_levels_of(inner)(torch.tensor([1.0, 1.5, 2.0]))
+    assert levels.tolist() == pytest.approx([1.0, 3**0.5, 3.0])
 
 
 def test_flow_times_become_noise_levels():
     inner = types.SimpleNamespace(sigmas=torch.linspace(0.001, 1, 1000))
-    denoiser = types.SimpleNamespace(inner_model=inner)
-    assert patch.noise_levels(denoiser, torch.tensor([0.5, 1.0])).tolist() == [1.0, math.inf]
+    for model in (inner, forge(sigmas=inner.sigmas, sigma_data=1.0)):
+        assert patch.noise_levels_of(model)(torch.tensor([0.5, 1.0])).tolist() == [1.0, math.inf]
+
+
+def test_noise_levels_are_relative_to_the_scale_of_the_models_data():
+    sigma = torch.tensor([0.5, 2.71])
+    assert patch.noise_levels_of(forge(sigma_data=0.5))(sigma).tolist() == pytest.approx([1.0, 5.42])
+    assert patch.noise_levels_of(forge(sigma_data=1.0))(sigma) is sigma
+    assert patch.noise_levels_of(forge())(sigma) is sigma
+
+
+def test_what_the_model_is_like_is_looked_up_again_when_it_changes():
+    """By the refiner, in mid-run; and once otherwise, at 1,000 timesteps for each call."""
+    reads = []
+
+    class Model:
+        @property
+        def alphas_cumprod(self):
+            reads.append(self)
+            return torch.tensor([0.9, 0.5])
+
+    run = patch.Generation(st.Settings(GuidanceInterval()))
+    first, second = (types.SimpleNamespace(inner_model=Model()) for _ in range(2))
+    for inner in (first, first, second, second):
+        run.noise_levels(inner, torch.tensor([1.0]))
+    assert reads == [first.inner_model, second.inner_model]
+
+
+def test_noise_levels_that_cannot_be_read_are_told():
+    inner, params, run = announce([[1.0]], 1, guided=False)
+    run.settings = st.Settings(GuidanceInterval(1, 2))
+    del inner.sigmas
+    patch.on_cfg_denoiser(params)
+    assert "noise levels cannot be read: AttributeError" in run.unknown and "forward" not in vars(inner)
 
 
 # ----------------------------------------------------------------------------
 # The picture, and the folder.
 
 
+def drawn(sigmas, interval, *args, **rows):
+    return picture.draw([picture.Pass(sigmas, [s in interval for s in sigmas], **rows)], *args)
+
+
 def test_the_picture_tells_steps_and_saving():
     sigmas = [14.6, 5.0, 1.0, 0.3, 0.1]
-    html = picture.draw(sigmas, GuidanceInterval(0.28, 5.42))
+    html = drawn(sigmas, GuidanceInterval(0.28, 5.42), 5)
     assert html.count(f'fill="{picture.GUIDED}"') == 3 and html.count("<rect") == 5
     assert "3 of 5 steps are guided (steps 2 to 4): 8 network rows per image instead of 10, 20% saved" in html
-    assert "None of the 5 steps is guided" in picture.draw(sigmas, GuidanceInterval(50, 80))
-    assert "1 of 1 steps" in picture.draw([1.0], GuidanceInterval())
+    assert "None of the 5 steps is guided" in drawn(sigmas, GuidanceInterval(50, 80), 5)
+    assert "1 of 1 steps are guided (step 1)" in drawn([1.0], GuidanceInterval(), 1)
+
+
+def test_the_picture_counts_evaluations_where_they_are_not_the_steps():
+    heun = [14.6, 5.0, 5.0, 1.0, 1.0]
+    assert "4 of 5 evaluations are guided (evaluations 2 to 5)" in drawn(heun, GuidanceInterval(0.28, 5.42), 3)
+    restart = [5.0, 0.1, 5.0, 0.1]
+    html = drawn(restart, GuidanceInterval(0.28, 5.42), 3)
+    assert "2 of 4 evaluations are guided (evaluations 1 to 3, with gaps)" in html
+
+
+def test_the_picture_counts_and_prompts_and_passes():
+    html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, cond=2)
+    assert "5 network rows per image instead of 6" in html
+    html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, uncond=2)
+    assert "4 network rows per image instead of 6" in html
+    html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, uncond=0)
+    assert "2 network rows per image instead of 2, 0% saved" in html
+    both = [picture.Pass([5.0, 0.1], [True, False]), picture.Pass([1.0], [True], cond=2)]
+    assert "2 of 3 evaluations are guided (evaluations 1 to 3, with gaps): 6 network rows" in picture.draw(both, 2)
+
+
+def test_the_picture_of_a_flow_model_starts_at_infinity():
+    html = drawn([math.inf, 3.0, 1.0, 0.2], GuidanceInterval(0.5, math.inf), 4)
+    assert "nan" not in html and html.count("<rect") == 4 and "3 of 4 steps" in html
+    heights = [float(part.split('"')[0]) for part in html.split(' height="')[1:]]
+    assert heights[0] == heights[1] == picture.HEIGHT and heights[3] < heights[2] < heights[1]
+    assert "nan" not in drawn([math.inf], GuidanceInterval(), 1)
 
 
 def test_scripts_holds_one_file_because_the_web_ui_runs_all():

@@ -1,7 +1,6 @@
 """What holds in every web UI: passes, models, infotext, X/Y/Z plot, comparison, API, off and on."""
 
 import json
-import math
 
 import pytest
 
@@ -129,7 +128,7 @@ def test_off_is_stock_and_writes_nothing(generate):
 
 
 def test_an_interval_over_everything_is_stock(generate):
-    everywhere = [True, "custom", 0.0, math.inf, "Both passes"]
+    everywhere = [True, "custom", 0.0, 0.0, "Both passes"]
     assert pixels(generate(accordion=everywhere)[1]) == pixels(generate()[1])
 
 
@@ -176,21 +175,73 @@ def test_an_interrupt_a_skip_and_an_error_leave_nothing(generate, how):
     assert pixels(generate(accordion=ON)[1]) == pixels(fine)
 
 
-def test_an_invalid_interval_is_said_and_gives_stock(generate):
-    _, stock = generate()
-    _, processed = generate(accordion=[True, "custom", 5.0, 1.0, "Both passes"])
-    assert pixels(processed) == pixels(stock)
-    assert "swap them" in processed.comments and "uidance interval:" not in processed.infotexts[0]
+@pytest.mark.parametrize("how", ["interrupted", "skipped"])
+def test_stopped_before_the_first_denoiser_call(generate, monkeypatch, how):
+    """That image keeps its parameters, nothing is called unsupported, and the run goes on in the interval."""
+    from modules import sd_samplers_common, shared
+
+    _, fine = generate(accordion=ON, n_iter=2)
+    launch = sd_samplers_common.Sampler.launch_sampling
+    begun = []
+
+    def stopped_at_once(sampler, steps, func):
+        begun.append(sampler)
+        if len(begun) == 1:
+            setattr(shared.state, how, True)
+        return launch(sampler, steps, func)
+
+    monkeypatch.setattr(sd_samplers_common.Sampler, "launch_sampling", stopped_at_once)
+    try:
+        _, processed = generate(accordion=ON, n_iter=2)
+    finally:
+        shared.state.interrupted = shared.state.skipped = False
+    assert "not supported" not in (processed.comments or "") and KEY in processed.infotexts[-1]
+    assert len(begun) == (2 if how == "skipped" else 1)
+    if how == "skipped":
+        assert pixels(processed)[-1] == pixels(fine)[-1]
+
+
+@pytest.fixture
+def calls(webui):
+    """The denoiser calls so far."""
+    from modules import script_callbacks
+
+    seen = []
+
+    def count(params):
+        seen.append(params)
+
+    script_callbacks.on_cfg_denoiser(count, name="count")
+    yield seen
+    script_callbacks.remove_callbacks_for_function(count)
+    script_callbacks.ordered_callbacks_map.clear()
+
+
+def test_an_invalid_interval_is_refused_before_anything_is_sampled(generate, calls):
+    with pytest.raises(ValueError, match="swap them"):
+        generate(accordion=[True, "custom", 5.0, 1.0, "Both passes"])
+    assert not calls
+    generate(accordion=ON)
+    assert len(calls) == 8
 
 
 def test_an_unknown_web_ui_gets_one_message_and_stock(generate, monkeypatch):
     from guidance_interval.a1111 import patch
 
     _, stock = generate()
-    monkeypatch.setattr(patch, "_patch_for", lambda params: None)
+    monkeypatch.setattr(patch, "_patch_for", lambda *args: None)
     _, processed = generate(accordion=ON, n_iter=2)
     assert pixels(processed)[0] in pixels(stock) + pixels(processed)
     assert processed.comments.count("not supported") == 1
+    assert "Guidance interval" not in processed.infotexts[0]
+
+
+def test_a_web_ui_that_announces_no_call_gets_one_message(generate, monkeypatch):
+    from guidance_interval.a1111 import patch
+
+    monkeypatch.setattr(patch.Generation, "calls", property(lambda self: 0, lambda self, value: None), raising=False)
+    _, processed = generate(accordion=ON)
+    assert "announced no denoiser call" in processed.comments
     assert "Guidance interval" not in processed.infotexts[0]
 
 
@@ -226,6 +277,22 @@ def test_infotext_round_trip(generate, webui):
     assert paste(infotext_utils.parse_generation_parameters(plain.infotexts[0]))[0] is False
 
 
+@pytest.mark.parametrize(
+    "ours", [["custom", 0.28, 0.0, "Both passes"], ["conditional only", 0.28, 5.42, "Both passes"]]
+)
+def test_open_and_conditional_only_survive_pasting(generate, ours):
+    from modules import infotext_utils, scripts
+
+    _, processed = generate(accordion=[True, *ours])
+    found = next(s for s in scripts.scripts_txt2img.alwayson_scripts if s.title() == "Guidance Interval")
+    params = infotext_utils.parse_generation_parameters(processed.infotexts[0])
+    pasted = [f(params) if callable(f) else params.get(f) for _, f in found.infotext_fields]
+    # What is no value, an update of nothing, leaves the control as it is.
+    again = [p if isinstance(p, bool | str | float) else o for p, o in zip(pasted, [True, *ours], strict=True)]
+    assert again == [True, *ours]
+    assert pixels(generate(accordion=again)[1]) == pixels(processed)
+
+
 def test_neighbours_keep_their_own_fields(generate):
     _, processed = generate(accordion=ON)
     assert "NGMS" not in processed.infotexts[0] and "Skip Early" not in processed.infotexts[0]
@@ -234,36 +301,72 @@ def test_neighbours_keep_their_own_fields(generate):
 AXES = {
     "sigma_lo": ("0.28, 1", ["Guidance interval: 0.28-5.42", "Guidance interval: 1-5.42"]),
     "sigma_hi": ("5.42, 3", ["Guidance interval: 0.28-5.42", "Guidance interval: 0.28-3"]),
-    "interval": ("0.28-5.42, off, 1-2", [KEY, None, "Guidance interval: 1-2"]),
+    "interval": ("0.28-5.42, Off, 1 \N{EN DASH} 2", [KEY, None, "Guidance interval: 1-2"]),
     "preset": ("sdxl, off", [KEY, None]),
 }
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_xyz_plot(generate, webui, axis):
+@pytest.fixture
+def plot(generate):
+    """`plot({"sigma_lo": "0, 3"}, ...)`: the Processed of X/Y/Z plot with our axes, in this order, on x, y and z."""
     from modules import scripts
 
-    found = next(s for s in scripts.scripts_txt2img.selectable_scripts if s.title() == "X/Y/Z plot")
-    index = [o.label for o in found.current_axis_options].index(f"[Guidance Interval] {axis}")
+    def run(axes, accordion=(False, *CONTROLS), **kwargs):
+        found = next(s for s in scripts.scripts_txt2img.selectable_scripts if s.title() == "X/Y/Z plot")
+        labels = [o.label for o in found.current_axis_options]
+        arguments = {c.label: c.value for c in found.controls}
+        values = dict(axes)
+        for letter, axis in zip("XYZ", [*values, None, None, None], strict=False):
+            arguments[f"{letter} type"] = 0 if axis is None else labels.index(f"[Guidance Interval] {axis}")
+            arguments[f"{letter} values"] = values.get(axis, "")
+        arguments |= {"Include Sub Images": True, "Use text inputs instead of dropdowns": True}
+        names = [c.label for c in found.controls]
+        given = [arguments[n] for n in names]
+        for letter in "XYZ":  # Of the two controls of this name, the second is the dropdown.
+            first = names.index(f"{letter} values")
+            given[names.index(f"{letter} values", first + 1)] = []
+        return generate(accordion=list(accordion), xyz=given, **kwargs)[1]
+
+    return run
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_xyz_plot(generate, plot, axis):
     values, expected = AXES[axis]
-    names = [c.label for c in found.controls]
-    arguments = [c.value for c in found.controls]
-    arguments[names.index("X type")] = index
-    arguments[names.index("X values")] = values
-    for name in ("Y type", "Z type"):
-        arguments[names.index(name)] = 0
-    arguments[names.index("Include Sub Images")] = True
-    arguments[names.index("Use text inputs instead of dropdowns")] = True
-    for i, name in enumerate(names):
-        if name in ("Y values", "Z values"):
-            arguments[i] = ""
-    _, processed = generate(accordion=[False, *CONTROLS], xyz=arguments)
+    processed = plot({axis: values})
     texts = processed.infotexts[-len(expected) :]
     for text, part in zip(texts, expected, strict=True):
         assert (part in text) if part else ("Guidance interval" not in text), text
     cells = processed.images[-len(expected) :]
     alone = [generate(accordion=[bool(e), "custom", *_bounds(e), "Both passes"])[1].images[0] for e in expected]
     assert [c.tobytes() for c in cells] == [a.tobytes() for a in alone]
+
+
+def test_an_axis_reaches_open_and_conditional_only(generate, plot):
+    processed = plot({"interval": "0.28-INF, Conditional only"})
+    assert "Guidance interval: 0.28-inf" in processed.infotexts[-2]
+    assert "Guidance interval: conditional only" in processed.infotexts[-1]
+    alone = generate(accordion=[True, "conditional only", 0, 0, "Both passes"])[1].images[0]
+    assert processed.images[-1].tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"sigma_lo": "0.28, 6"}, r"sigma_lo 6.0 \(the accordion has \(0.28, 5.42\]\)"),
+        ({"sigma_lo": "0, 3, 6", "sigma_hi": "2, 6"}, "sigma_lo 3.0 with sigma_hi 2.0; sigma_lo 6.0 with sigma_hi 2.0"),
+        ({"sigma_hi": "2, 6", "sigma_lo": "0, 3, 6"}, "sigma_hi 6.0 with sigma_lo 6.0"),
+        ({"interval": "1-2, 5-1"}, "swap them"),
+        ({"interval": "1-2, much"}, "is not an interval"),
+        ({"preset": "sdxl, sd9"}, "unknown preset"),
+    ],
+)
+def test_xyz_plot_is_refused_before_anything_is_sampled(plot, calls, axes, said):
+    with pytest.raises(ValueError, match=said):
+        plot(axes)
+    assert not calls
+    processed = plot({"sigma_lo": "0, 3", "sigma_hi": "5, 6"})
+    assert len(calls) == 4 * 8 and len(processed.images) >= 4
 
 
 def _bounds(text):
@@ -291,8 +394,43 @@ def test_comparison(generate, judge, st):
     assert [c.tobytes() for c in cells[2:4]] == [i.tobytes() for i in interval.images[-2:]]
     assert "CFG everywhere" in processed.comments and "32 rows" in processed.comments
     assert "16 rows" in processed.comments
-    assert ["Guidance interval" in text for text in processed.infotexts[1:]] == [False] * 2 + [True] * 2 + [False] * 2
-    assert "CFG scale: 1" in processed.infotexts[-1]
+    assert ["Guidance interval" in text for text in processed.infotexts[1:]] == [False] * 2 + [True] * 4
+
+
+COMPARED = {
+    "plain": {},
+    "AND": {"prompt": "a cat AND a dog"},
+    "weight": {"prompt": "a cat :0.5"},
+    "hires, first pass": {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"},
+}
+
+
+@pytest.mark.parametrize("kind", [*COMPARED, "InstructPix2Pix"])
+def test_each_column_of_the_comparison_can_be_made_again(webui, generate, image, checkpoint, kind):
+    """By what stands in its parameters; conditional only is what the interval does outside."""
+    from guidance_interval.a1111 import settings as st
+    from modules import infotext_utils
+    from modules.processing import StableDiffusionProcessingTxt2Img
+
+    kwargs = dict(COMPARED.get(kind, {}))
+    if "enable_hr" in kwargs:
+        known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
+        more = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
+        kwargs |= {k: v for k, v in more.items() if k in known}
+    if kind == "InstructPix2Pix":
+        if webui.host == "forge":
+            pytest.skip("Forge has no InstructPix2Pix")
+        checkpoint("pix2pix")
+        kwargs |= {"image": image, "image_cfg_scale": 1.5}
+    controls = [*CONTROLS[:3], "First pass only" if "hires" in kind else "Both passes"]
+    _, processed = generate(script=[*controls, True], **kwargs)
+    for text, cell in zip(processed.infotexts[1:], processed.images[1:], strict=True):
+        enabled, preset, lo, hi, passes = st.paste(infotext_utils.parse_generation_parameters(text))
+        _, again = generate(
+            accordion=[enabled, preset or "custom", lo or 0, hi or 0, passes or "Both passes"], **kwargs
+        )
+        assert again.images[-1].tobytes() == cell.tobytes(), text
+    assert "Guidance interval: conditional only" in processed.infotexts[-1]
 
 
 def test_api(webui, generate):
@@ -316,14 +454,77 @@ def test_api(webui, generate):
     assert [a["label"] for a in ours[0]["args"]][1:] == [a["label"] for a in ours[1]["args"]][:-1]
 
 
-def test_the_picture_reads_the_hosts_schedule(webui):
-    from guidance_interval.a1111 import host, ui
+BODY = {"prompt": "a photo of a cat", "negative_prompt": "blurry", "seed": 1, "steps": 8, "cfg_scale": 7,
+        "width": 64, "height": 64, "sampler_name": "DPM++ 2M"}  # fmt: skip
+REFUSED = {
+    "a number as text": ([True, "custom", "1", 5.42, "Both passes"], "sigma_lo must be a number, got '1'"),
+    "reversed": ([True, "custom", 5.42, 0.28, "Both passes"], "swap them"),
+    "null": ([True, "custom", 0.28, None, "Both passes"], 'or 0 or "inf" for no upper limit, got None'),
+    "null below": ([True, "custom", None, 5.42, "Both passes"], "sigma_lo must be a number, got None"),
+    "negative": ([True, "custom", -1, 5.42, "Both passes"], "sigma_lo must not be negative"),
+    "unknown preset": ([True, "sd9", 0.28, 5.42, "Both passes"], "preset must be one of sdxl"),
+    "unknown passes": ([True, "sdxl", 0.28, 5.42, "third"], "passes must be 'Both passes' or 'First pass only'"),
+    "NaN": ([True, "custom", float("nan"), 5.42, "Both passes"], "sigma_lo must be a finite number"),
+    "NaN beside a preset": ([True, "sdxl", 0.28, float("nan"), "Both passes"], "sigma_hi must be a finite number"),
+    "infinity": ([True, "custom", 0.28, float("inf"), "Both passes"], '"inf" leaves sigma_hi open), got inf'),
+}
+SCRIPT_REFUSED = {
+    "too few": (CONTROLS, "takes 5 arguments, got 4"),
+    "too many": ([*CONTROLS, False, 1], "takes 5 arguments, got 6"),
+    "compare as text": ([*CONTROLS, "false"], "whether to compare, must be true or false, got 'false'"),
+}
 
-    sigmas, note = host.step_sigmas("DPM++ 2M", "Karras", 20)
-    assert len(sigmas) == 20 and sigmas[0] == pytest.approx(14.61, abs=0.05) and not note
-    assert sum(0.28 < s <= 5.42 for s in sigmas) == 9
-    assert len(host.step_sigmas("DDIM", "Automatic", 20)[0]) == 20
-    assert len(host.step_sigmas("DPM++ 2M", "Karras", 20, denoising=0.5)[0]) == 11
-    html = ui.picture_of(0.28, 5.42, {"sampling": "DPM++ 2M", "scheduler": "Karras", "steps": 20})
-    assert "9 of 20 steps are guided" in html and "29 network rows per image instead of 40" in html
-    assert "swap them" in ui.picture_of(5, 1, {})
+
+@pytest.fixture
+def post(webui):
+    """`post(**body)`: the answer to txt2img; NaN and Infinity are sent as Python and JavaScript clients may."""
+
+    def send(**more):
+        content = json.dumps({**BODY, **more})
+        return webui.api.post("/sdapi/v1/txt2img", content=content, headers={"Content-Type": "application/json"})
+
+    return send
+
+
+def refused(response, said, calls, post):
+    assert response.status_code == 422, response.text[:500]
+    assert said in response.json()["detail"]
+    assert not calls
+    following = post(alwayson_scripts={"Guidance Interval": {"args": ON}})
+    assert following.status_code == 200 and len(calls) == 8
+
+
+@pytest.mark.parametrize("bad", REFUSED)
+def test_the_api_refuses_bad_arguments_of_the_accordion(post, calls, bad):
+    args, said = REFUSED[bad]
+    refused(post(alwayson_scripts={"Guidance Interval": {"args": args}}), said, calls, post)
+
+
+@pytest.mark.parametrize("on", ["false", "true", 1, None])
+def test_on_is_true_or_false(post, calls, on):
+    args = [on, *CONTROLS]
+    refused(post(alwayson_scripts={"Guidance Interval": {"args": args}}), "must be true or false", calls, post)
+
+
+@pytest.mark.parametrize("bad", [*REFUSED, *SCRIPT_REFUSED])
+def test_the_api_refuses_bad_arguments_of_the_script(post, calls, bad):
+    args, said = SCRIPT_REFUSED[bad] if bad in SCRIPT_REFUSED else ([*REFUSED[bad][0][1:], False], REFUSED[bad][1])
+    refused(post(script_name="Guidance Interval", script_args=args), said, calls, post)
+
+
+@pytest.mark.parametrize("hi", [0, "inf", "Inf"])
+def test_the_api_takes_an_open_interval(post, hi):
+    response = post(alwayson_scripts={"Guidance Interval": {"args": [True, "custom", 0.28, hi]}})
+    assert response.status_code == 200
+    assert "Guidance interval: 0.28-inf" in json.loads(response.json()["info"])["infotexts"][0]
+
+
+def test_the_web_page_shows_why(webui, generate):
+    """What the host's wrapper of the Generate button makes of a refusal."""
+    from modules import call_queue
+
+    def button():
+        generate(accordion=[True, "custom", 5.0, 1.0, "Both passes"])
+
+    *_, html = call_queue.wrap_gradio_call(button, extra_outputs=[None, "", ""])()
+    assert "GuidanceIntervalError: sigma_lo must be below sigma_hi, got sigma_lo=5.0" in html
