@@ -67,9 +67,9 @@ def chosen(p, enabled, controls):
 def checked(p, controls):
     """`settings.from_controls`, and whether the API can answer: its JSON has no NaN and no infinity."""
     if getattr(p, "is_api", False):
-        for value in controls:
+        for name, value in zip(st.CONTROLS, controls, strict=False):
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f'the arguments hold {value}; give a number, or "inf" for no upper limit')
+                raise ValueError(f'{name} must be a finite number (as text, "inf" leaves sigma_hi open), got {value}')
     return st.from_controls(*controls)
 
 

@@ -19,6 +19,8 @@ BOTH_PASSES = "Both passes"
 FIRST_PASS = "First pass only"
 PASSES = [BOTH_PASSES, FIRST_PASS]
 
+CONTROLS = ("preset", "sigma_lo", "sigma_hi", "passes")  # In their order in the UI and in the API.
+
 # The keys in an image's parameters.
 INTERVAL_KEY = "Guidance interval"
 PASSES_KEY = "Guidance interval passes"
@@ -62,7 +64,7 @@ class Settings:
 
 
 def from_controls(preset, sigma_lo, sigma_hi, passes):
-    """The Settings of the controls, in their order in the UI and in the API; raises ValueError in plain words.
+    """The Settings of the values of CONTROLS; raises ValueError in plain words.
 
     A preset wins over the two numbers; "custom" takes the numbers.
     """

@@ -465,8 +465,11 @@ def test_what_cannot_be_stops_the_host_before_it_samples(host, accordion, said):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_api_cannot_answer_with_nan_or_infinity(host, value):
-    for accordion in ((True, "custom", 0.28, value, "Both passes"), (True, "sdxl", value, 1, "Both passes")):
-        with pytest.raises(ValueError, match=f"the arguments hold {value}"):
+    for name, accordion in (
+        ("sigma_hi", (True, "custom", 0.28, value, "Both passes")),
+        ("sigma_lo", (True, "sdxl", value, 1, "Both passes")),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number.*got {value}"):
             generate(host, accordion, is_api=True)
     _, processed = generate(host, (True, "custom", 0.28, float("inf"), "Both passes"))
     assert processed.infotexts == [{"Guidance interval": "0.28-inf"}]

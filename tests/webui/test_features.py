@@ -464,9 +464,9 @@ REFUSED = {
     "negative": ([True, "custom", -1, 5.42, "Both passes"], "sigma_lo must not be negative"),
     "unknown preset": ([True, "sd9", 0.28, 5.42, "Both passes"], "preset must be one of sdxl"),
     "unknown passes": ([True, "sdxl", 0.28, 5.42, "third"], "passes must be 'Both passes' or 'First pass only'"),
-    "NaN": ([True, "custom", float("nan"), 5.42, "Both passes"], "the arguments hold nan"),
-    "NaN beside a preset": ([True, "sdxl", 0.28, float("nan"), "Both passes"], "the arguments hold nan"),
-    "infinity": ([True, "custom", 0.28, float("inf"), "Both passes"], 'or "inf" for no upper limit'),
+    "NaN": ([True, "custom", float("nan"), 5.42, "Both passes"], "sigma_lo must be a finite number"),
+    "NaN beside a preset": ([True, "sdxl", 0.28, float("nan"), "Both passes"], "sigma_hi must be a finite number"),
+    "infinity": ([True, "custom", 0.28, float("inf"), "Both passes"], '"inf" leaves sigma_hi open), got inf'),
 }
 SCRIPT_REFUSED = {
     "too few": (CONTROLS, "takes 5 arguments, got 4"),
