@@ -145,12 +145,6 @@ def steps_to_interval(sigmas, first, last):
     return GuidanceInterval(levels[bounds[1] + 1], levels[bounds[0]])
 
 
-def interval_to_steps(interval, sigmas):
-    """`(first, last)`: the steps of a decreasing schedule that an interval guides, or None when it guides none."""
-    guided = interval.mask(torch.as_tensor(sigmas)[:-1]).nonzero()[:, 0].tolist()
-    return (guided[0], guided[-1]) if guided else None
-
-
 # ----------------------------------------------------------------------------
 # Schedules, to show what an interval means before anything is sampled.
 
@@ -202,7 +196,7 @@ def describe_cost(guided, rows=None, rows_everywhere=None, unit="step", first=0)
     change = f"{saved:.0%} saved" if saved >= 0 else f"{-saved:.0%} more"
     cost = f"{rows} network rows per image instead of {rows_everywhere}, {change}"
     if not which:
-        return f"none of the {len(guided)} {unit}s is guided: {cost}"
+        return f"None of the {len(guided)} {unit}s is guided: {cost}"
     span = f"{which[0]} to {which[-1]}" if len(which) > 1 else str(which[0])
     gaps = ", with gaps" if len(which) < which[-1] - which[0] + 1 else ""
     verb = "is" if len(which) == 1 else "are"

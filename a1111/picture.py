@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from ..noise_level import describe_cost
+
 WIDTH, HEIGHT = 600, 64
 GUIDED, UNGUIDED = "#f97316", "#9ca3af"
 
@@ -37,15 +39,10 @@ def caption(passes, steps=None):
     steps: those that the user asked for; where each is one evaluation, they are counted as steps.
     """
     guided = [g for one in passes for g in one.guided]
-    one, many = ("step", "steps") if steps == len(guided) else ("evaluation", "evaluations")
     rows, everywhere = (sum(getattr(p, name) for p in passes) for name in ("rows", "rows_everywhere"))
-    saved = f"{rows} network rows per image instead of {everywhere}, {1 - rows / everywhere:.0%} saved."
-    if not any(guided):
-        return f"None of the {len(guided)} {many} is guided: the negative prompt and CFG have no effect. {saved}"
-    which = [i + 1 for i, g in enumerate(guided) if g]
-    span = f"{one} {which[0]}" if len(which) == 1 else f"{many} {which[0]} to {which[-1]}"
-    gaps = "" if len(which) == which[-1] - which[0] + 1 else ", with gaps"
-    return f"{len(which)} of {len(guided)} {many} are guided ({span}{gaps}): {saved}"
+    unit = "step" if steps == len(guided) else "evaluation"
+    text = describe_cost(guided, rows, everywhere, unit, first=1)
+    return f"{text}." if any(guided) else f"{text}. The negative prompt and CFG have no effect."
 
 
 def draw(passes, steps=None, note=""):

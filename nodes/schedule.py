@@ -1,6 +1,6 @@
 """A schedule in numbers and as a picture: which of its steps an interval guides."""
 
-from ..noise_level import interval_to_steps
+from ..noise_level import describe_cost
 from .model_patch import from_model_sigma, model_interval
 from .pictures import plot_schedule, to_image
 
@@ -22,11 +22,9 @@ def describe_schedule(model, sigmas):
     levels = [from_model_sigma(s, model_sampling) for s in own.tolist()]
     bounds = tuple(from_model_sigma(s, model_sampling) for s in (interval.sigma_lo, interval.sigma_hi))
 
-    steps, count = len(levels), sum(guided)
-    rows = (steps + count) / (2 * steps)
-    first_last = interval_to_steps(interval, sigmas.cpu())
-    which = f"steps {first_last[0]} to {first_last[1]}" if first_last else "none"
-    head = f"{count} of {steps} steps guided ({which}), {rows:.0%} of the rows of full CFG"
+    count = sum(guided)
+    rows = (len(guided) + count) / (2 * len(guided))
+    head = describe_cost(guided)
     lines = [head, f"interval ({bounds[0]:.4g}, {bounds[1]:.4g}]", "step  sigma     model's   guided"]
     for i, (level, s, g) in enumerate(zip(levels, own.tolist(), guided, strict=True)):
         lines.append(f"{i:>4}  {level:<8.4g}  {s:<8.4g}  {'yes' if g else '-'}")

@@ -145,7 +145,7 @@ def test_info_of_an_interval_of_one_s_own(capsys):
     out = capsys.readouterr().out
     assert (
         "yours: sigma in (0, 0.001]" in out
-        and "none of the 20 steps is guided: 20 network rows per image instead of 40, 50% saved" in out
+        and "None of the 20 steps is guided: 20 network rows per image instead of 40, 50% saved" in out
     )
 
 

@@ -100,13 +100,13 @@ def test_steps_round_trip(a, b):
     schedule = noise_level.schedule("karras", 20, 0.03, 14.6)
     for sigmas in (schedule, schedule.float()):
         interval = noise_level.steps_to_interval(sigmas, first, last)
-        assert noise_level.interval_to_steps(interval, sigmas) == (first, last)
+        guided = interval.mask(sigmas[:-1]).nonzero()[:, 0].tolist()
+        assert guided == list(range(first, last + 1))
 
 
 def test_steps_count_from_the_end_too():
     schedule = noise_level.schedule("karras", 20, 0.03, 14.6)
     assert noise_level.steps_to_interval(schedule, -20, -1) == GuidanceInterval(0, schedule[0].item())
-    assert noise_level.interval_to_steps(GuidanceInterval(90, 91), schedule) is None
 
 
 @pytest.mark.parametrize("name", noise_level.SCHEDULES)
