@@ -369,16 +369,6 @@ def run_measure(args):
     )
 
 
-@contextlib.contextmanager
-def _until_they_raise_user_errors():
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as e:
-        raise UserError(str(e)) from e
-    except ImportError as e:
-        raise ModuleNotFoundError(str(e)) from e
-
-
 def run_train(args):
     from .lab import train
 
