@@ -233,7 +233,9 @@ def describe_cost(guided, rows=None, rows_everywhere=None, unit="step", first=0)
     which = [i for i, g in enumerate(guided, first) if g]
     rows = len(guided) + len(which) if rows is None else rows
     rows_everywhere = 2 * len(guided) if rows_everywhere is None else rows_everywhere
-    cost = f"{rows} network rows per image instead of {rows_everywhere}, {1 - rows / rows_everywhere:.0%} saved"
+    saved = 1 - rows / rows_everywhere
+    change = f"{saved:.0%} saved" if saved >= 0 else f"{-saved:.0%} more"
+    cost = f"{rows} network rows per image instead of {rows_everywhere}, {change}"
     if not which:
         return f"none of the {len(guided)} {unit}s is guided: {cost}"
     span = f"{which[0]} to {which[-1]}" if len(which) > 1 else str(which[0])

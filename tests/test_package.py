@@ -10,6 +10,7 @@ from pathlib import Path
 
 import guidance_interval
 import pytest
+from hypothesis import settings
 
 ROOT = Path(guidance_interval.__file__).parent
 # Stands before the import of what a user may not have: hosts, the lab's extra.
@@ -108,6 +109,10 @@ def test_every_room_s_extra_declares_what_it_imports(room):
         if not {re.sub(r"[-_.]+", "-", d).lower() for d in distributions.get(name, [name])} & declared
     }
     assert files and not missing
+
+
+def test_hypothesis_sets_no_deadline():
+    assert settings().deadline is None  # A busy machine would miss it.
 
 
 def test_the_version_is_one():
