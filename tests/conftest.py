@@ -1,12 +1,16 @@
 """Shared by all tests: the model that ships, loaded once; and how Hypothesis tries its examples."""
 
-import hypothesis
+import contextlib
+
 import pytest
 import torch
 
-# One profile for all: without a deadline, which a busy machine misses.
-hypothesis.settings.register_profile("guidance-interval", deadline=None)
-hypothesis.settings.load_profile("guidance-interval")
+with contextlib.suppress(ImportError):  # The web UIs' environments need not have it.
+    import hypothesis
+
+    # One profile for all: without a deadline, which a busy machine misses.
+    hypothesis.settings.register_profile("guidance-interval", deadline=None)
+    hypothesis.settings.load_profile("guidance-interval")
 
 
 @pytest.fixture(scope="session")
