@@ -133,7 +133,8 @@ def with_own_weights(model, other):
     log.info("Guidance Interval: model and model_negative share their weights: copying %.0f MB", megabytes)
     if getattr(model, "is_dynamic", bool)():  # Weights that the host streams: it has them loaded anew.
         return model.clone(disable_dynamic=True)
-    comfy.model_management.unload_all_models()  # Off the GPU, and unpatched.
+    comfy.model_management.unload_all_models()  # Off the GPU,
+    model.detach()  # and unpatched, even if a clone that is gone has left its patches.
     own = model.clone()
     config = getattr(model.model, "model_config", None)  # Read alone, and not made to be copied.
     try:

@@ -5,6 +5,7 @@ loaded apart: the positive on the one, the negative on the other, each by the ho
 """
 
 import functools
+import gc
 import logging
 
 import comfy_harness as harness
@@ -51,10 +52,9 @@ def wrapper(model):
 
 def object_patch(model):
     model = model.clone()
-    weight = model.get_model_object(KEY.removesuffix(".weight")).weight
-    other = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    other.weight = torch.nn.Parameter(weight.detach() * 0.5, requires_grad=False)
-    model.add_object_patch(KEY.removesuffix(".weight"), other)
+    other = torch.nn.Linear(48, 32, bias=False)
+    harness.randomize(other, seed=9)
+    model.add_object_patch(KEY.removesuffix(".weight"), other.requires_grad_(False))
     return model
 
 
@@ -222,6 +222,24 @@ def test_weights_are_copied_where_they_must_differ_and_nowhere_else(host, caplog
     other = harness.loaded_again("sd15")
     apart = node(host, "GuidanceIntervalGuider", model=base, model_negative=other, **conds)[0]
     assert apart.second.model_patcher.model is other.model
+
+
+def test_what_is_copied_has_no_patches_of_clones_that_are_gone(host):
+    """The host takes them off for a clone or its parent, but forgets both when they are collected as a cycle."""
+    import comfy.model_management
+
+    base, key = harness.tiny_model("sd15"), KEY.removesuffix(".weight")
+    parent = object_patch(base)
+    parent.child = patched = LORA_A(parent)
+    comfy.model_management.load_models_gpu([patched])
+    assert base.model.current_weight_patches_uuid == patched.patches_uuid
+    pristine = harness.loaded_again("sd15").get_model_object(key).weight
+    assert not torch.equal(base.model.get_submodule(key).weight, pristine)
+    del parent, patched
+    gc.collect()
+    own = harness.our_module(host, "guider").with_own_weights(LORA_B(base), base)
+    assert torch.equal(own.get_model_object(key).weight, pristine)
+    assert torch.equal(base.get_model_object(key).weight, pristine)
 
 
 def test_cfg_one_is_the_hosts_and_evaluates_one_model(host):
