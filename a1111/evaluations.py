@@ -133,6 +133,8 @@ def _evaluated(model, sampler_name, scheduler, steps, denoising, hires):
             if runs or isinstance(e, _TooMany):
                 raise Unknown(depends) from e
             raise Unknown(f"{sampler_name}: the steps cannot be told ({type(e).__name__}: {e}).") from e
+    if runs[0].isnan().any():
+        raise Unknown(f"{sampler_name} does not suit this model: it evaluates the network at a noise level of NaN.")
     if len(runs[0]) != len(runs[1]) or not torch.allclose(*runs, rtol=1e-4, atol=0):
         raise Unknown(depends)
     if not len(runs[0]):

@@ -752,6 +752,9 @@ def test_a_sampler_that_goes_by_the_image_is_not_told(host):
         if model(x, sigmas[:1]).any():
             raise AssertionError("too many steps")
 
+    def unsuited(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        model(x, ((1 - sigmas[:1]) / sigmas[:1]).log())
+
     def endless(model, x, sigmas, extra_args=None, callback=None, disable=None):
         while True:
             model(x, sigmas[:1])
@@ -762,17 +765,13 @@ def test_a_sampler_that_goes_by_the_image_is_not_told(host):
     def failing(model, x, sigmas, extra_args=None, callback=None, disable=None):
         raise IndexError("steps")
 
-    host.functions |= {
-        "adaptive": adaptive,
-        "impatient": impatient,
-        "endless": endless,
-        "never": never,
-        "failing": failing,
-    }
+    host.functions |= {"adaptive": adaptive, "impatient": impatient, "unsuited": unsuited, "endless": endless}
+    host.functions |= {"never": never, "failing": failing}
     evaluations, st = host.script.ui.evaluations, host.script.settings
     said = {
         "adaptive": "depends on the image",
         "impatient": "depends on the image",
+        "unsuited": "does not suit this model",
         "endless": "depends on the image",
         "never": "at no step",
         "failing": "IndexError: steps",

@@ -69,6 +69,9 @@ def test_every_sampler(told, counted, image, denoising):
         try:
             passes = told(INTERVAL, sampler=name, **controls)
         except Unknown as e:
+            if "noise level of NaN" in str(e):
+                assert name.endswith("RF")  # For sigmas up to 1, which this model does not have.
+                continue
             unknown.add(name)
             assert "depends on the image" in str(e), str(e)
             continue
