@@ -217,7 +217,10 @@ def parser():
     )
 
     train = commands.add_parser("train", help="train a model like those that ship, for `sweep --model`")
-    train.add_argument("--data", choices=DATA, default="digits", help="what it learns")
+    train.add_argument("--data", choices=[*DATA, "emoji"], default="digits", help="what it learns")
+    train.add_argument(
+        "--images", type=path, default="out/emoji.npz", help="for emoji: what guidance_interval.lab.emoji wrote"
+    )
     train.add_argument("--out", type=path, help="the file to write (default: out/train/DATA.safetensors)")
     train.add_argument("--device", type=device, help="cpu, cuda, ... (default: the GPU, or cpu)")
     train.add_argument("--steps", type=count(1, 10_000_000), default=30_000, help="batches for the denoiser")
@@ -370,10 +373,9 @@ def run_measure(args):
 
 
 def run_train(args):
-    from .lab import train
+    from .lab import train, train_emoji
 
-    train.run(
-        data_name=args.data,
+    options = dict(
         out=args.out or f"out/train/{args.data}.safetensors",
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         steps=args.steps,
@@ -383,6 +385,10 @@ def run_train(args):
         classifier_steps=args.classifier_steps,
         donor=args.classifier,
     )
+    if args.data == "emoji":
+        train_emoji.run(args.images, **options)
+    else:
+        train.run(args.data, **options)
 
 
 def run_info(args):

@@ -1,188 +1,24 @@
-"""The model that ships: a class-conditional EDM denoiser of 28x28 digits, and the classifier that judges it.
+"""The model files that ship: a denoiser, the networks that judge its samples, and what they say of the real images.
 
-One safetensors file holds the denoiser (fp16), the classifier and the reference statistics of its features
-(fp32); the configuration and the training record are JSON in the file's metadata.
+One safetensors file each: the denoiser (fp16), the judges, and the reference; the configuration and the training
+record are JSON in the file's metadata.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..errors import UserError
 from ..files import atomic_path
-from .data import NUM_CLASSES, SIGMA_DATA
+from .networks import Classifier, Denoiser, Features, LevelUNet, UNet
 
 SHIPPED = Path(__file__).parent / "digits.safetensors"
 FORMAT = "guidance-interval-lab/1"
 REFERENCE = ("mean", "cov", "spread")
-
-# ----------------------------------------------------------------------------
-# Denoiser network.
-
-
-class Block(nn.Module):
-    """Pre-activation residual block; the embedding scales and shifts its second normalization."""
-
-    def __init__(self, c_in, c_out, emb, dropout):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(8, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(emb, 2 * c_out)
-        self.norm2 = nn.GroupNorm(8, c_out, affine=False)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, x, emb):
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1]
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
-        return self.skip(x) + h
-
-
-class Attention(nn.Module):
-    """Self-attention over all positions, residual."""
-
-    def __init__(self, channels, heads=4):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(8, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x):
-        b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # [B, heads, HW, C / heads]
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
-
-
-class UNet(nn.Module):
-    """Two levels, 14x14 and 7x7 for 28x28 images, behind a 2x2 pixel unshuffle: small enough for two CPU cores.
-
-    The side of the images must be a multiple of 4; the frames of a clip are channels.
-    """
-
-    def __init__(
-        self, channels=(32, 128), mid_blocks=2, emb=128, num_classes=NUM_CLASSES, dropout=0.1, image_channels=1
-    ):
-        super().__init__()
-        c1, c2 = channels
-        self.register_buffer("freqs", torch.exp(torch.linspace(0, math.log(32), 16)), persistent=False)
-        self.emb_noise = nn.Sequential(nn.Linear(32, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.emb_class = nn.Embedding(num_classes + 1, emb)  # The last row is "no class".
-        self.conv_in = nn.Conv2d(4 * image_channels, c1, 3, padding=1)
-        self.enc = Block(c1, c1, emb, dropout)
-        self.down = nn.Conv2d(c1, c2, 2, stride=2)
-        self.mid = nn.ModuleList(Block(c2, c2, emb, dropout) for _ in range(mid_blocks))
-        self.attn = nn.ModuleList(Attention(c2) for _ in range(mid_blocks - 1))
-        self.up = nn.ConvTranspose2d(c2, c1, 2, stride=2)
-        self.dec = Block(2 * c1, c1, emb, dropout)
-        self.norm_out = nn.GroupNorm(8, c1)
-        self.conv_out = nn.Conv2d(c1, 4 * image_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-
-    def forward(self, x, c_noise, class_cond):
-        phase = c_noise[:, None] * self.freqs  # [B, 16]
-        emb = self.emb_noise(torch.cat([phase.cos(), phase.sin()], dim=1))
-        emb = F.silu(emb + self.emb_class(class_cond))
-        h = skip = self.enc(self.conv_in(F.pixel_unshuffle(x, 2)), emb)
-        h = self.down(h)
-        for i, block in enumerate(self.mid):
-            h = block(h, emb)
-            if i < len(self.attn):
-                h = self.attn[i](h)
-        h = self.dec(torch.cat([self.up(h), skip], dim=1), emb)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), 2)
-
-
-class Denoiser(nn.Module):
-    """EDM preconditioning (Karras et al. 2022, table 1) behind k-diffusion's protocol.
-
-    `model(x, sigma, class_cond=labels)` returns D(x; sigma, c): x is [B, C, H, W] at the noise level
-    sigma [B], labels int64 [B], where `null_class` means "no class" (uncond).
-    """
-
-    def __init__(self, inner_model, sigma_data=SIGMA_DATA):
-        super().__init__()
-        self.inner_model = inner_model
-        self.sigma_data = sigma_data
-
-    @property
-    def null_class(self):
-        return self.inner_model.emb_class.num_embeddings - 1
-
-    def get_scalings(self, sigma):
-        var = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / var, sigma * self.sigma_data / var.sqrt(), 1 / var.sqrt()
-
-    def loss(self, x, noise, sigma, **kwargs):
-        """Denoising loss of each image, [B], weighted to be 1 at initialization for every sigma (eq. 8)."""
-        c_skip, c_out, c_in = (c[:, None, None, None] for c in self.get_scalings(sigma))
-        noised = x + noise * sigma[:, None, None, None]
-        output = self.inner_model(noised * c_in, sigma.log() / 4, **kwargs)
-        return (output - (x - c_skip * noised) / c_out).square().flatten(1).mean(1)
-
-    def forward(self, x, sigma, **kwargs):
-        c_skip, c_out, c_in = (c[:, None, None, None] for c in self.get_scalings(sigma))
-        return self.inner_model(x * c_in, sigma.log() / 4, **kwargs) * c_out + x * c_skip
-
-
-# ----------------------------------------------------------------------------
-# Classifier: the features that distances are measured in, and the judge of adherence.
-
-
-class Classifier(nn.Module):
-    """Small convolutional classifier; `forward(x)` returns features [B, 64] and logits [B, 10].
-
-    The features are spatial means of the middle map, as FID's are of an Inception layer. Later ones keep the
-    class and forget stroke and slant, the very variety that guidance takes away.
-    """
-
-    def __init__(
-        self,
-        channels=(32, 64, 64),
-        hidden=64,
-        num_classes=NUM_CLASSES,
-        dropout=0.3,
-        image_channels=1,
-        image_size=28,
-        stride=2,
-    ):
-        super().__init__()
-        c1, c2, c3 = channels
-        side = math.ceil(math.ceil(math.ceil(image_size / stride) / 2) / 2)
-        self.lower = nn.Sequential(
-            nn.Conv2d(image_channels, c1, 5, padding=2, stride=stride),
-            nn.SiLU(),
-            nn.Conv2d(c1, c2, 3, padding=1, stride=2),
-            nn.GroupNorm(8, c2),
-            nn.SiLU(),
-        )
-        self.upper = nn.Sequential(
-            nn.Conv2d(c2, c3, 3, padding=1, stride=2),
-            nn.GroupNorm(8, c3),
-            nn.SiLU(),
-            nn.Flatten(),
-            nn.Linear(c3 * side**2, hidden),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, num_classes),
-        )
-
-    def forward(self, x):
-        middle = self.lower(x)  # [B, 64, 7, 7] of 28x28 images.
-        return middle.mean((2, 3)), self.upper(middle)
-
 
 # ----------------------------------------------------------------------------
 # The file.
@@ -190,11 +26,14 @@ class Classifier(nn.Module):
 
 @dataclass
 class Lab:
-    """What one model file holds, ready to use.
+    """What one model file holds, ready to use. Modules are in eval mode.
 
-    `denoiser` and `classifier` are modules in eval mode; `reference` holds the statistics of the real
-    images' features: mean [64], cov [64, 64] and spread [10], the mean distance between two images of a class.
-    `config` and `record` are the JSON of the metadata. `check_lab` says what a lab of one's own has to have of this.
+    denoiser: what is sampled. classifier: features [B, D] and logits, the judge of adherence. ruler: features [B, D]
+    of a network that never saw the classes, in which distances are measured; None for the classifier's own.
+    reference: of the real images' features mean [D], cov [D, D] and spread [classes], the mean distance between two
+    images of a class; with a ruler also class_mean and class_cov, in the classifier's features, `features` and
+    `class_features` [M, D] of some of the images, labels [N] of all, in an order for sampling, and thumbnails uint8
+    [classes, 3, H, W]. config and record: the JSON of the metadata. `check_lab` says what a lab of one's own needs.
     """
 
     denoiser: Denoiser
@@ -202,15 +41,18 @@ class Lab:
     reference: dict
     config: dict
     record: dict
+    ruler: Features | None = None
 
 
-def save(path, denoiser, classifier, reference, config, record):
+def save(path, denoiser, classifier, reference, config, record, ruler=None):
     """Write a model file, whole or not at all; raises UserError when it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {f"denoiser.{k}": v.half() for k, v in denoiser.inner_model.state_dict().items()}
     tensors |= {f"classifier.{k}": v for k, v in classifier.state_dict().items()}
+    if ruler is not None:
+        tensors |= {f"ruler.{k}": v for k, v in ruler.state_dict().items()}
     tensors |= {f"reference.{k}": v for k, v in reference.items()}
     tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
     metadata = {"format": FORMAT, "config": json.dumps(config), "record": json.dumps(record)}
@@ -252,23 +94,30 @@ def load(path=SHIPPED, device="cpu"):
         )
     try:
         config, record = json.loads(metadata["config"]), json.loads(metadata["record"])
-        denoiser = Denoiser(UNet(**config["unet"]), config["sigma_data"])
+        network = LevelUNet if "blocks" in config["unet"] else UNet
+        denoiser = Denoiser(network(**config["unet"]), config["sigma_data"])
         classifier = Classifier(**config["classifier"])
-        denoiser.inner_model.load_state_dict(_part(tensors, "denoiser."))
-        classifier.load_state_dict(_part(tensors, "classifier."))
-        reference = {k: _part(tensors, "reference.")[k].to(device) for k in REFERENCE}
+        ruler = Features(**config["ruler"]) if "ruler" in config else None
+        modules = {"denoiser.": denoiser.inner_model, "classifier.": classifier, "ruler.": ruler}
+        for prefix, module in modules.items():
+            if module is not None:
+                module.load_state_dict(_part(tensors, prefix))
+        reference = {k: v.to(device) for k, v in _part(tensors, "reference.").items()}
+        if missing := {*REFERENCE, *(("class_mean", "class_cov", "labels") if ruler else ())} - reference.keys():
+            raise KeyError(f"reference lacks {', '.join(sorted(missing))}")
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(
             f"model file {str(path)!r} says {FORMAT!r} but its contents do not fit ({e}); "
             "give a file that `make train` wrote"
         ) from e
-    for module in (denoiser, classifier):
+    for module in filter(None, (denoiser, classifier, ruler)):
         module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Lab(denoiser, classifier, reference, config, record)
+    return Lab(denoiser, classifier, reference, config, record, ruler)
 
 
 def _part(tensors, prefix):
-    return {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+    part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {k: v.float() if v.is_floating_point() else v for k, v in part.items()}
 
 
 # ----------------------------------------------------------------------------

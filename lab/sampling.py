@@ -100,9 +100,15 @@ def evaluations(name, steps):
     return evaluation_sigmas(sampler, *args), len(args) != 2
 
 
+def class_labels(lab, num):
+    """The classes of `num` samples, int64 [num]: in turn, or as often as in the data where the model's file says so."""
+    order = lab.reference.get("labels", torch.arange(lab.config["num_classes"])).long()
+    return order[torch.arange(num, device=order.device) % len(order)]
+
+
 @torch.inference_mode()
 def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=None):
-    """Sample `num` images, their classes in turn, and return `Samples`.
+    """Sample `num` images of `class_labels` and return `Samples`.
 
     One seed gives every setting the same initial noise, on any device, and the same noise of the sampler.
     progress(n) is called after each batch of n images. Raises UserError for an unknown sampler or a bad seed.
@@ -113,7 +119,7 @@ def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=Non
     sample_fn, sigmas = get_sampler(sampler), karras_sigmas(steps, device)
     args = schedule_args(sample_fn, sigmas)
     shape = lab.config.get("image_channels", 1), lab.config["image_size"], lab.config["image_size"]
-    labels = torch.arange(num, device=device) % lab.config["num_classes"]
+    labels = class_labels(lab, num).to(device)
     images, begin = [], time.perf_counter()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for start in range(0, num, BATCH):

@@ -1,4 +1,4 @@
-"""What is measured of the samples of a model that ships, in the features of the classifier in its file."""
+"""What is measured of the samples of a model that ships, in the features of the networks in its file."""
 
 from dataclasses import dataclass
 
@@ -31,10 +31,13 @@ class Scores:
 def score_samples(lab, x, labels, bootstrap_seed=0):
     """Return the `Scores` of images x [N, C, H, W] on the model's scale, asked for as labels [N]."""
     features, logits = zip(*(lab.classifier(part) for part in x.split(500)), strict=True)
+    if (ruler := getattr(lab, "ruler", None)) is not None:
+        features = [ruler(part) for part in x.split(500)]
     features, logits = torch.cat(features).double(), torch.cat(logits)
     mean, cov, spread = (lab.reference[k].double() for k in ("mean", "cov", "spread"))
     fd, influence = frechet_distance(features, mean, cov, influence=True)
-    low, high = influence_interval(fd, influence, labels, seed=bootstrap_seed)
+    strata = None if "labels" in lab.reference else labels  # Those were drawn; without them each class has its share.
+    low, high = influence_interval(fd, influence, strata, seed=bootstrap_seed)
     return Scores(
         fd=fd.item(),
         fd_low=low,

@@ -225,7 +225,7 @@ def load_lab(source, device):
 def measured_by(lab):
     """What moves the numbers of a cell beside its settings: the weights that sample and judge, and the scores' code."""
     digest = hashlib.sha256()
-    for module in (lab.denoiser, lab.classifier):
+    for module in filter(None, (lab.denoiser, lab.classifier, getattr(lab, "ruler", None))):
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return dict(weights=digest.hexdigest()[:16], scores=SCORES_VERSION)

@@ -17,7 +17,7 @@ from tqdm.auto import trange
 
 from ..errors import UserError
 from ..files import output_folder
-from . import data, model
+from . import data, model, networks
 
 UNET = dict(channels=(32, 128), mid_blocks=2, emb=128, dropout=0.1)
 CLASSIFIER = dict(channels=(32, 64, 64), hidden=64, dropout=0.3)
@@ -46,7 +46,7 @@ def train_classifier(config, x, labels, steps, batch, lr=2e-3):
     rank = torch.stack([(labels == c).cumsum(0) for c in range(data.NUM_CLASSES)])  # [class, N]
     held_out = rank.gather(0, labels[None])[0] > 0.8 * labels.bincount()[labels]
     train_x, train_labels = x[~held_out], labels[~held_out]
-    net = model.Classifier(**config).to(x.device).train()
+    net = networks.Classifier(**config).to(x.device).train()
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=lr, total_steps=steps)
     for _ in trange(steps, desc="classifier"):
@@ -64,7 +64,7 @@ def train_classifier(config, x, labels, steps, batch, lr=2e-3):
 def train_denoiser(config, x, labels, steps, batch, seed, lr, label_dropout, p_mean, p_std, ema_halflife, compiled):
     """Return the exponential moving average of a denoiser trained for `steps` batches, and its last loss."""
     torch.manual_seed(seed)
-    net = model.Denoiser(model.UNet(**config)).to(x.device).train()
+    net = networks.Denoiser(networks.UNet(**config)).to(x.device).train()
     ema = copy.deepcopy(net).requires_grad_(False)
     opt = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=x.is_cuda)
     loss_fn = torch.compile(net.loss, mode="reduce-overhead") if compiled else net.loss  # CUDA graphs.

@@ -125,7 +125,7 @@ TABLE = {
         "--model": EMPTY
         | MODEL_FILE
         | {
-            "nowhere": "one of clips, digits-seed1, digits-seed2, digits, optdigits, got 'nowhere'",
+            "nowhere": "emoji-seed1, emoji-seed2, emoji, optdigits, got 'nowhere'",
             ":load": "model must be given as module:function",
             "math:": "model must be given as module:function",
             "nowhere:load": "model 'nowhere:load' cannot be loaded (No module named 'nowhere')",

@@ -66,8 +66,8 @@ def test_importing_the_package_imports_no_host_and_no_lab():
 
 
 # What the rooms may need beyond torch and numpy. Hosts bring what nodes/, a1111/ and scripts/ import of theirs.
-EXTRAS = {"": [], "lab": ["lab", "cluster"], "measure": ["measure"], "benchmarks": ["measure", "dev", "comfy-test"],
-          "tests": ["measure", "dev", "comfy-test"]}  # fmt: skip
+EXTRAS = {"": [], "lab": ["lab", "cluster", "train"], "measure": ["measure"],
+          "benchmarks": ["measure", "dev", "comfy-test"], "tests": ["measure", "dev", "comfy-test"]}  # fmt: skip
 OTHERS = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "nodes", "folder_paths", "backend", "gradio", "ldm",
           "ldm_patched", "modules", "modules_forge", "webui", "fastapi", "omegaconf", "open_clip"}  # fmt: skip
 

@@ -1,0 +1,121 @@
+"""The colour models: what their files hold, and how they are made."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from guidance_interval import GuidanceInterval
+from guidance_interval.errors import UserError
+from guidance_interval.lab import data, emoji, model, sampling, scores, train_emoji
+
+NAMES = ("emoji", "emoji-seed1", "emoji-seed2")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def lab(request):
+    return model.load(model.SHIPPED.with_name(f"{request.param}.safetensors"))
+
+
+def test_the_files_are_small_and_know_their_classes(lab):
+    assert all(model.SHIPPED.with_name(f"{n}.safetensors").stat().st_size < 6 * 2**20 for n in NAMES)
+    assert len(lab.config["classes"]) == lab.config["num_classes"] == lab.denoiser.null_class == 96
+    assert {"face-smiling", "food-fruit", "country-flag"} <= set(lab.config["classes"])
+    assert "CC BY 4.0" in lab.record["data"] and lab.record["held_out_images"] > 700
+
+
+def test_the_judges_know_real_emoji_and_the_denoiser_restores_them(lab):
+    x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
+    labels = torch.arange(96)
+    assert (lab.classifier(x)[1].argmax(1) == labels).float().mean() > 0.85
+    sigma = torch.full([96], 0.2)
+    noised = x + 0.2 * torch.randn_like(x)
+    error = (lab.denoiser(noised, sigma, class_cond=labels) - x).square().mean()
+    assert error < 0.3 * 0.2**2
+    other = lab.denoiser(noised, sigma, class_cond=labels.roll(1))
+    assert (other - x).square().mean() > error  # It uses the class.
+
+
+def test_the_reference_is_of_these_judges(lab):
+    """Features of some of the images lie about the mean and the covariance of all, in both networks."""
+    for prefix in ("", "class_"):
+        features = lab.reference[f"{prefix}features"].double()
+        assert features.shape == (3000, 64)
+        mean, cov = (lab.reference[f"{prefix}{k}"].double() for k in ("mean", "cov"))
+        assert (features.mean(0) - mean).square().sum() < 0.01 * cov.trace()
+        torch.testing.assert_close(features.T.cov().trace(), cov.trace(), rtol=0.05, atol=0)
+    x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
+    for network, prefix in ((lab.ruler, ""), (lab.classifier, "class_")):
+        away = train_emoji.features_of(network, x).double().mean(0) - lab.reference[f"{prefix}mean"].double()
+        assert away.square().sum() < 0.2 * lab.reference[f"{prefix}cov"].trace()
+
+
+def test_the_interval_is_cheaper_and_follows_the_class():
+    lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
+    none, interval = (
+        sampling.sample(lab, sampling.Setting("", w, GuidanceInterval(0.1, 5.0)), 40, "dpmpp_2m", 6) for w in (1.0, 2.5)
+    )
+    assert torch.equal(none.labels, interval.labels) and none.x.shape == (40, 3, 32, 32)
+    assert none.rows == 6 and 6 < interval.rows < 12
+    a, b = (scores.score_samples(lab, drawn.x, drawn.labels) for drawn in (none, interval))
+    assert b.accuracy > a.accuracy and a.fd > 0 and b.fd_low < b.fd < b.fd_high
+
+
+def test_the_distance_is_the_ruler_s():
+    lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
+    x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
+    fd = scores.score_samples(lab, x, torch.arange(96)).fd
+    lab.ruler = None
+    assert fd != scores.score_samples(lab, x, torch.arange(96)).fd
+
+
+def test_labels_are_spread_evenly():
+    labels = torch.arange(12).repeat_interleave(torch.arange(1, 13) * 5)
+    spread = train_emoji.spread_evenly(labels)
+    assert torch.equal(spread.bincount(), labels.bincount())
+    for n in (40, 130, 300):
+        expected = labels.bincount() * n / len(labels)
+        assert (spread[:n].bincount(minlength=12) - expected).abs().max() <= 1.5
+
+
+def test_names_are_matched_whatever_their_spelling(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "en/shortcodes").mkdir(parents=True)
+    (tmp_path / "meta/groups.json").write_text(json.dumps({"subgroups": {"0": "face-smiling", "98": "country-flag"}}))
+    entries = [("1F600", "grinning face", 0), ("1F1E8-1F1EE", "flag: Côte d\u2019Ivoire", 98)]
+    listed = [dict(hexcode=h, label=label, subgroup=s) for h, label, s in entries]
+    (tmp_path / "en/data.json").write_text(json.dumps([*listed, dict(hexcode="1F1E6", label="regional indicator A")]))
+    for kind in emoji.SHORT_NAMES:
+        (tmp_path / f"en/shortcodes/{kind}.json").write_text(json.dumps({"1F600": ["grinning", "gleeful"]}))
+    slugs, subgroups, names = emoji.unicode_names(tmp_path)
+    assert slugs[emoji.slug("grinning-face")] == slugs["gleeful"] == "grinning face"
+    assert slugs[emoji.slug("flag-for-cote-divoire")] == "flag: Côte d\u2019Ivoire"
+    assert names[subgroups["flag: Côte d\u2019Ivoire"]] == "country-flag" and len(subgroups) == 2
+
+
+def test_without_the_drawings_the_command_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"draw the emoji with: python -m guidance_interval.lab.emoji --out"):
+        emoji.load(tmp_path / "none.npz")
+
+
+def test_training_writes_a_file_that_loads(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    n = 60
+    np.savez(
+        tmp_path / "emoji.npz",
+        images=rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), labels=np.arange(n) % 3, names=np.arange(n) // 3,
+        styles=np.arange(n) % 6, held_out=np.arange(n) >= 54, classes=np.array(["heart", "arrow", "flag"]),
+        name_list=np.array([f"name {i}" for i in range(20)]),
+    )  # fmt: skip
+    monkeypatch.setattr(train_emoji, "UNET", dict(train_emoji.UNET, channels=(8, 16), blocks=(1, 1), attention=(1,)))
+    out = tmp_path / "model.safetensors"
+    train_emoji.run(tmp_path / "emoji.npz", out, "cpu", steps=3, batch=8, lr=1e-3, seed=0, classifier_steps=3)
+    lab = model.load(out)
+    assert lab.config["classes"] == ["heart", "arrow", "flag"] and lab.ruler is not None
+    drawn = sampling.sample(lab, sampling.Setting("", 2.0), 6, "euler", 3)
+    assert drawn.x.isfinite().all() and drawn.labels.bincount(minlength=3).tolist() == [2, 2, 2]
+    again = tmp_path / "again.safetensors"
+    train_emoji.run(tmp_path / "emoji.npz", again, "cpu", 3, 8, 1e-3, 1, 3, donor=out)
+    other = model.load(again)
+    torch.testing.assert_close(other.reference["mean"], lab.reference["mean"], atol=1e-3, rtol=0)  # The donor's judges.
+    assert not torch.equal(other.denoiser.inner_model.conv_in.weight, lab.denoiser.inner_model.conv_in.weight)
