@@ -82,9 +82,8 @@ def frechet_distance(features, mean, cov, influence=False):
     else:
         half = root @ (vectors * torch.where(cross > 1e-6 * cross.max(), 1 / cross, 0).sqrt())  # T = half half'
         moved = []
-        for part in _in_double(features):
-            c = part.sub_(sample_mean)
-            moved.append(2 * c @ shift + c.square().sum(1) - (c @ half).square().sum(1))
+        for c, transported in _products((part.sub_(sample_mean) for part in _in_double(features)), half):
+            moved.append(2 * c @ shift + _squared_norms(c) - _squared_norms(transported))
         moved = torch.cat(moved)
     return value, moved - moved.mean()
 
@@ -261,7 +260,8 @@ def vendi(features, influence=False):
     if wide:
         inner = vectors.square() @ (n * values * log)
     else:
-        inner = torch.cat([(_unit(part, out=part) @ vectors).square() @ log for part in _in_double(features)])
+        parts = _products((_unit(part, out=part) for part in _in_double(features)), vectors)
+        inner = torch.cat([along.square_() @ log for _, along in parts])
     return value, -value * _centred(inner)
 
 
@@ -381,6 +381,19 @@ def _in_double(features):
         yield buffer[: len(part)].copy_(part)
 
 
+def _products(parts, matrix):
+    """Yield `(part, part @ matrix)` of float64 parts, the largest first, in one buffer that is used again."""
+    buffer = None
+    for part in parts:
+        buffer = part.new_empty([len(part), matrix.shape[1]]) if buffer is None else buffer
+        yield part, torch.mm(part, matrix, out=buffer[: len(part)])
+
+
+def _squared_norms(x):
+    """Of each row of x [N, D]: [N]. A copy of x is not made, as `square` would."""
+    return torch.linalg.vector_norm(x, dim=1).square_()
+
+
 def _second_moments(parts):
     """Sum of x'x [D, D] over parts [n, D] of float64."""
     first = next(parts := iter(parts))
@@ -404,18 +417,18 @@ def _squared_distances(x, y, prepare, height=CHUNK):
     a_buffer, b_buffer = x.new_empty([height, x.shape[1]]), x.new_empty([width, x.shape[1]])
     buffer = x.new_empty(height * width)
     columns_of_y = [slice(i, min(i + width, len(y))) for i in range(0, len(y), width)]
-    norms = [torch.linalg.vector_norm(prepare(y[c], b_buffer[: c.stop - c.start]), dim=1) for c in columns_of_y]
+    norms = [_squared_norms(prepare(y[c], b_buffer[: c.stop - c.start])) for c in columns_of_y]
     for start in range(0, len(x), height):
         rows = slice(start, min(start + height, len(x)))
         a = prepare(x[rows], a_buffer[: rows.stop - rows.start])
-        a_norm = torch.linalg.vector_norm(a, dim=1, keepdim=True)
+        a_norm = _squared_norms(a)[:, None]
         for columns, b_norm in zip(columns_of_y, norms, strict=True):
             if upper and columns.start < rows.start:
                 continue
             b = prepare(y[columns], b_buffer[: columns.stop - columns.start])
             squares = buffer[: len(a) * len(b)].view(len(a), len(b))
-            torch.addmm(b_norm.square().expand_as(squares), a, b.mT, alpha=-2, out=squares)
-            yield rows, columns, squares.add_(a_norm.square()).clamp_(min=0)
+            torch.addmm(b_norm.expand_as(squares), a, b.mT, alpha=-2, out=squares)
+            yield rows, columns, squares.add_(a_norm).clamp_(min=0)
 
 
 def _centred(x):

@@ -152,24 +152,43 @@ def test_float32_keeps_the_digits_that_matter(offset):
         assert a.item() == pytest.approx(b.item(), rel=tolerance, abs=1e-6)
 
 
-def test_memory_grows_with_the_samples_and_not_with_their_pairs():
-    """Peak of one process with small buffers: 7,000 samples more, 14 MiB for each set, cost no copy in float64."""
-    code = """
+def peaks(code, *sizes):
+    """Peak memory in MiB of a process after `measure(n)` of `code`, for one n after the other."""
+    code = f"""
 import re, torch
 from guidance_interval.measure import metrics
+{code}
+for n in {sizes}:
+    measure(n)
+    print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return [int(kib) / 2**10 for kib in done.stdout.split()]
+
+
+def test_memory_grows_with_the_samples_and_not_with_their_pairs():
+    """With small buffers: 7,000 samples more, 14 MiB for each set, cost no copy in float64."""
+    code = """
 metrics.CHUNK = 2**18
-def peak(n):
+def measure(n):
     x, y = torch.empty(2, n, 512).uniform_()
     near = metrics.neighbours(x)
     metrics.frechet_distance(x, *metrics.gaussian(y), influence=True), metrics.vendi(x, True), metrics.cmmd(x, y, True)
     metrics.prdc(y, x, 5, True, fake_near=near), metrics.mean_distance(x, True, near)
-    return re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
-peak(1000)  # What is loaded at the first use.
-print(peak(1000), peak(8000))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    few, many = (int(kib) / 2**10 for kib in done.stdout.split())
+    _, few, many = peaks(code, 1000, 1000, 8000)  # The first time things are loaded.
     assert few < many < few + 2 * 14 + 27, (few, many)
+
+
+def test_the_heap_is_not_left_in_pieces():
+    """With buffers of the usual size, which glibc keeps: 200,000 samples more are 195 MiB, in 24 parts."""
+    code = """
+def measure(n):
+    x = torch.empty(n, 256).uniform_()
+    metrics.frechet_distance(x, *metrics.gaussian(x), influence=True), metrics.vendi(x, True)
+"""
+    few, many = peaks(code, 50_000, 250_000)
+    assert few < many < few + 195 + 60, (few, many)
 
 
 def test_mean_distance_is_that_of_all_pairs():
