@@ -1,9 +1,13 @@
 """Shared by all tests: the model that ships, loaded once; and how Hypothesis tries its examples."""
 
 import contextlib
+import signal
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # Begun in the background: what tests start would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with contextlib.suppress(ImportError):  # The web UIs' environments need not have it.
     import hypothesis
