@@ -108,18 +108,23 @@ def spread_evenly(labels):
 
 
 def reference(ruler, classifier, x, labels, may, num_features=3000):
-    """What the model's file says of the real images x, as they are and mirrored where they `may` be.
+    """What the model's file says of the real images x, as they are and, as often, mirrored where they `may` be.
 
-    See `model.Lab`; `features` and `class_features` are of `num_features` of the images, drawn at random.
+    See `model.Lab`; `features` and `class_features` are of `num_features` of the images, drawn at random. An image that
+    is not to be mirrored counts twice: the classes have the frequencies of `labels`, which are those of the samples.
     """
-    both, both_labels = torch.cat([x, x[may].flip(-1)]), torch.cat([labels, labels[may]])
-    some = torch.randperm(len(both), generator=torch.Generator().manual_seed(0))[:num_features].to(x.device)
+    other = torch.where(may[:, None, None, None], x.flip(-1), x)
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(len(x), generator=generator)[:num_features].to(x.device)
+    flipped = (torch.rand(len(some), generator=generator) < 0.5).to(x.device)
+    drawn = torch.where(flipped[:, None, None, None], other[some], x[some])
     found = dict(labels=spread_evenly(labels.cpu()).short())
     for prefix, network in (("", ruler), ("class_", classifier)):
-        features = features_of(network, both).double()
+        features = features_of(network, torch.cat([x, other])).double()
         found |= {f"{prefix}mean": features.mean(0).float(), f"{prefix}cov": features.T.cov().float()}
-        found[f"{prefix}features"] = features[some].half()
-    found["spread"] = class_spread(features_of(ruler, both).double(), both_labels, int(labels.max()) + 1).float()
+        found[f"{prefix}features"] = features_of(network, drawn).half()
+    different = torch.cat([features_of(ruler, x), features_of(ruler, x[may].flip(-1))]).double()
+    found["spread"] = class_spread(different, torch.cat([labels, labels[may]]), int(labels.max()) + 1).float()
     return found
 
 
