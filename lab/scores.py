@@ -1,5 +1,6 @@
 """What is measured of the samples of a model that ships, in the features of the networks in its file."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from ..measure.metrics import frechet_distance, influence_interval
 
 # Raise it with every change, here or in the functions of `measure.metrics` above, that moves a number: a sweep that
 # was begun with another version is then refused, where it would mix both in one table.
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class Scores:
 
     fd: Frechet distance to the real images, and fd_low, fd_high: its 95 % bootstrap interval.
     accuracy: share of samples that the classifier takes for the class that was asked for (adherence).
-    variety: mean feature distance within a class, relative to that of the real images.
+    variety: mean feature distance within a class, relative to that of the real images, of the classes with two samples.
+    class_fd, class_fd_low, class_fd_high: the distance by a second judge, the classifier, where fd is in the features
+    of a network that never saw the classes; NaN where the classifier's are the only ones.
     """
 
     fd: float
@@ -25,26 +28,49 @@ class Scores:
     fd_high: float
     accuracy: float
     variety: float
+    class_fd: float = math.nan
+    class_fd_low: float = math.nan
+    class_fd_high: float = math.nan
+
+
+def score_samples(lab, x, labels):
+    """Return the `Scores` of images x [N, C, H, W] on the model's scale, asked for as labels [N]."""
+    return judge_samples(lab, x, labels)[0]
 
 
 @torch.inference_mode()
-def score_samples(lab, x, labels, bootstrap_seed=0):
-    """Return the `Scores` of images x [N, C, H, W] on the model's scale, asked for as labels [N]."""
-    features, logits = zip(*(lab.classifier(part) for part in x.split(500)), strict=True)
+def judge_samples(lab, x, labels):
+    """Return the `Scores` of images x [N, C, H, W], asked for as labels [N], and what moves them.
+
+    The latter is float32 [3, N] on the CPU: the influence of each sample on fd, on class_fd (zeros where there is none)
+    and on accuracy. With it two settings that sampled the same seeds are compared in pairs: `lab.compare`.
+    """
+    features, logits = map(torch.cat, zip(*(lab.classifier(part) for part in x.split(500)), strict=True))
+    real = lab.reference
+    judges = [(features, real["mean"], real["cov"])]
     if (ruler := getattr(lab, "ruler", None)) is not None:
-        features = [ruler(part) for part in x.split(500)]
-    features, logits = torch.cat(features).double(), torch.cat(logits)
-    mean, cov, spread = (lab.reference[k].double() for k in ("mean", "cov", "spread"))
-    fd, influence = frechet_distance(features, mean, cov, influence=True)
-    strata = None if "labels" in lab.reference else labels  # Those were drawn; without them each class has its share.
-    low, high = influence_interval(fd, influence, strata, seed=bootstrap_seed)
-    return Scores(
-        fd=fd.item(),
-        fd_low=low,
-        fd_high=high,
-        accuracy=(logits.argmax(1) == labels).double().mean().item(),
-        variety=(class_spread(features, labels, len(spread)) / spread).mean().item(),
+        measured = torch.cat([ruler(part) for part in x.split(500)])
+        judges = [(measured, real["mean"], real["cov"]), (features, real["class_mean"], real["class_cov"])]
+    values, moved = zip(
+        *(frechet_distance(f.double(), *gaussian, influence=True) for f, *gaussian in judges), strict=True
     )
+    bounds = [influence_interval(v, m, strata(lab, labels)) for v, m in zip(values, moved, strict=True)]
+    right, spread = (logits.argmax(1) == labels).double(), real["spread"].double()
+    (fd, *second), (ends, *second_ends) = [v.item() for v in values], bounds
+    scores = Scores(
+        fd,
+        *ends,
+        accuracy=right.mean().item(),
+        variety=(class_spread(judges[0][0].double(), labels, len(spread)) / spread).nanmean().item(),
+        **dict(zip(("class_fd", "class_fd_low", "class_fd_high"), (*second, *sum(second_ends, ())), strict=False)),
+    )
+    moved = [*moved, torch.zeros_like(moved[0])][:2]
+    return scores, torch.stack([*moved, right - right.mean()]).float().cpu()
+
+
+def strata(lab, labels):
+    """The labels to resample within, for `influence_interval`: None where they stand for a draw from the data's own."""
+    return None if "labels" in lab.reference else labels
 
 
 def class_spread(features, labels, num_classes):

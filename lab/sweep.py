@@ -16,9 +16,11 @@ import socket
 import sqlite3
 import sys
 import threading
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError, user_input
@@ -26,7 +28,7 @@ from ..files import aligned, atomic_path, output_folder
 from ..sampler_patch import GuidanceInterval
 from . import model, plots, workers
 from .sampling import Setting, check_seed, check_weight, evaluations, get_sampler, sample
-from .scores import SCORES_VERSION, Scores, score_samples
+from .scores import SCORES_VERSION, Scores, judge_samples
 
 # ----------------------------------------------------------------------------
 # Cells.
@@ -51,11 +53,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a cell gave: its Scores, rows per sample and seconds."""
+    """What a cell gave: its Scores, rows per sample, seconds, and influence [3, N] as `judge_samples` gives it."""
 
     scores: Scores
     rows: float
     seconds: float
+    influence: torch.Tensor = field(default_factory=lambda: torch.zeros(3, 0), compare=False, repr=False)
+
+    @property
+    def judged(self):
+        return self.scores, self.influence
 
 
 def grid(sigma_los, sigma_his, weights):
@@ -98,6 +105,7 @@ class Store:
                 self.db.execute("CREATE TABLE IF NOT EXISTS identity (key TEXT PRIMARY KEY, value TEXT)")
                 self.db.execute(
                     f"CREATE TABLE IF NOT EXISTS cell ({', '.join(f'{c} REAL' for c in COLUMNS + VALUES)}, "
+                    f"influence BLOB, "
                     f"PRIMARY KEY ({', '.join(COLUMNS)}))"
                 )
                 known = {k: json.loads(v) for k, v in self.db.execute("SELECT key, value FROM identity")}
@@ -121,21 +129,23 @@ class Store:
 
     def add(self, cells, measured):
         """Keep what cells gave that all are the same, all or none of them."""
+        moved = measured.influence.numpy().astype("<f4").tobytes()
         rows = [
-            (*astuple(cell), *astuple(measured.scores), measured.rows, measured.seconds) for cell in cells
+            (*astuple(cell), *astuple(measured.scores), measured.rows, measured.seconds, moved) for cell in cells
         ]  # SQLite has no NaN: it is stored as NULL.
         with self._told(), self._transaction():
-            self.db.executemany(f"INSERT INTO cell VALUES ({', '.join('?' * len(COLUMNS + VALUES))})", rows)
+            self.db.executemany(f"INSERT INTO cell VALUES ({', '.join('?' * len(COLUMNS + VALUES))}, ?)", rows)
 
     def results(self):
         """`{Cell: Measured}` of all finished cells."""
         with self._told():
-            table = self.db.execute(f"SELECT {', '.join(COLUMNS + VALUES)} FROM cell").fetchall()
+            table = self.db.execute(f"SELECT {', '.join(COLUMNS + VALUES)}, influence FROM cell").fetchall()
         found = {}
-        for row in table:
+        for *row, moved in table:
             values = [math.nan if v is None else v for v in row]
             cell, (*scores, rows, seconds) = Cell(*values[: len(COLUMNS)]), values[len(COLUMNS) :]
-            found[cell] = Measured(Scores(*scores), rows, seconds)
+            influence = torch.from_numpy(np.frombuffer(moved, "<f4").astype(np.float32).reshape(3, -1))
+            found[cell] = Measured(Scores(*scores), rows, seconds, influence)
         return found
 
     @contextlib.contextmanager
@@ -252,7 +262,8 @@ def measure_cell(lab, job, cell, progress=None):
     """Sample and score one cell; return what it gave."""
     setting = Setting("", cell.weight, cell.interval)
     drawn = sample(lab, setting, job.samples, job.sampler, job.steps, job.seed, progress)
-    return Measured(score_samples(lab, drawn.x, drawn.labels), drawn.rows, drawn.seconds)
+    scores, influence = judge_samples(lab, drawn.x, drawn.labels)
+    return Measured(scores, drawn.rows, drawn.seconds, influence)
 
 
 _one_at_a_time = threading.Lock()  # A Dask worker may have threads; torch's random numbers belong to the process.

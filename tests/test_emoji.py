@@ -7,7 +7,7 @@ import pytest
 import torch
 from guidance_interval import GuidanceInterval
 from guidance_interval.errors import UserError
-from guidance_interval.lab import data, emoji, model, sampling, scores, train_emoji
+from guidance_interval.lab import data, emoji, model, networks, sampling, scores, train_emoji
 
 NAMES = ("emoji", "emoji-seed1", "emoji-seed2")
 
@@ -67,6 +67,30 @@ def test_the_distance_is_the_ruler_s():
     fd = scores.score_samples(lab, x, torch.arange(96)).fd
     lab.ruler = None
     assert fd != scores.score_samples(lab, x, torch.arange(96)).fd
+
+
+def test_the_reference_has_the_class_frequencies_of_the_samples():
+    """A class that may not be mirrored counts as often as one that may."""
+    x, labels = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(20) // 10
+    may = labels == 0
+    ruler, classifier = (networks.Features(**train_emoji.RULER) for _ in range(2))
+    found = train_emoji.reference(ruler, classifier, x, labels, may, num_features=20)
+    once, mirrored = (train_emoji.features_of(ruler, part) for part in (x, x.flip(-1)))
+    by_class = torch.cat([(once + mirrored)[may] / 2, once[~may]])
+    torch.testing.assert_close(found["mean"], by_class.mean(0))
+    assert len(found["features"].unique(dim=0)) == 20  # No copies, which would be each other's neighbours.
+
+
+def test_both_judges_see_the_same_samples():
+    lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
+    x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
+    value, moved = scores.judge_samples(lab, x, torch.arange(96))
+    assert moved.shape == (3, 96) and moved.mean(1).abs().max() < 1e-4
+    assert value.class_fd_low < value.class_fd < value.class_fd_high and value.class_fd != value.fd
+    lab.ruler = None
+    reference = dict(lab.reference, mean=lab.reference["class_mean"], cov=lab.reference["class_cov"])
+    lab.reference = reference
+    assert scores.score_samples(lab, x, torch.arange(96)).fd == pytest.approx(value.class_fd)
 
 
 def test_labels_are_spread_evenly():

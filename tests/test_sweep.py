@@ -145,7 +145,7 @@ def test_scores_of_another_version_are_not_mixed(whole, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SCORES_VERSION", 99)
     args = ["--samples", "20", "--sampler", "euler", "--steps", "5"]
     assert cli.main(["sweep", "--out", str(folder), *args]) == 2
-    assert "holds a sweep with scores 1, not 99: choose another --out" in capsys.readouterr().err
+    assert f"holds a sweep with scores {SCORES_VERSION}, not 99: choose another --out" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path, capsys):

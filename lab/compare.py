@@ -1,0 +1,78 @@
+"""Is one setting better than another? Ratios of distances with their intervals, paired by seed.
+
+Settings that are compared sample the same noise and the same classes: what a lucky seed gives to one, it mostly gives to
+the other too. To first order the logarithm of a ratio a / b moves with sample i by a_i / a - b_i / b, where a_i and b_i
+are its influences (`scores.judge_samples`); the interval is that of this difference (`metrics.influence_interval`). Like
+a distance it covers the expectation at this number of images; with more of them a ratio lies further from 1.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..measure.metrics import influence_interval
+
+JUDGES = {"fd": 0, "class_fd": 1}  # Rows of the influence; row 2 is that of accuracy.
+ACCURACY = 2
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of distances and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def below(self):
+        """Whether the ratio is below 1: "yes", "no", or "unclear" when the interval holds 1."""
+        return "yes" if self.high < 1 else "no" if self.low > 1 else "unclear"
+
+    def __str__(self):
+        """The change in percent, like -31 % [-38, -24]."""
+        value, low, high = (f"{100 * (r - 1):+.0f}" for r in (self.value, self.low, self.high))
+        return f"{value} % [{low}, {high}]"
+
+
+def ratio(a, b, judge="fd", labels=None):
+    """The `Ratio` of the distance of `a` over that of `b`, each (Scores, influence [3, N]), of the same seeds.
+
+    labels: int64 [N] to resample within, see `metrics.influence_interval`.
+    """
+    return _ratio(_log(a, judge), _log(b, judge), labels)
+
+
+def ratio_at_equal_accuracy(limited, curve, judge="fd", labels=None):
+    """The `Ratio` of the distance of `limited` over the lowest of a curve with the same accuracy; None if it has none.
+
+    curve: [(Scores, influence)] of the same seeds, by weight. Between two weights accuracy is taken as linear and the
+    distance as exponential; the uncertainty of the accuracies is part of the interval.
+    """
+    scores, moved = limited
+    found = []
+    for a, b in itertools.pairwise(curve):
+        low, high = a[0].accuracy, b[0].accuracy
+        if low == high or not min(low, high) <= scores.accuracy <= max(low, high):
+            continue
+        t = (scores.accuracy - low) / (high - low)
+        (log_a, moved_a), (log_b, moved_b) = _log(a, judge), _log(b, judge)
+        step = (moved[ACCURACY] - (1 - t) * a[1][ACCURACY] - t * b[1][ACCURACY]).double() / (high - low)
+        found.append(((1 - t) * log_a + t * log_b, (1 - t) * moved_a + t * moved_b + (log_b - log_a) * step))
+    return _ratio(_log(limited, judge), min(found, key=lambda f: f[0]), labels) if found else None
+
+
+def _log(judged, judge):
+    """The logarithm of a distance, and what each sample moves it by, float64 [N]."""
+    scores, moved = judged
+    value = getattr(scores, judge)
+    return math.log(value), moved[JUDGES[judge]].double() / value
+
+
+def _ratio(a, b, labels):
+    (log_a, moved_a), (log_b, moved_b) = a, b
+    value = torch.tensor(log_a - log_b, dtype=torch.float64)
+    low, high = influence_interval(value, moved_a - moved_b, labels)
+    return Ratio(math.exp(value), math.exp(low), math.exp(high))
