@@ -146,11 +146,14 @@ def parser():
         "demo", help="sample the model that ships without guidance, with CFG and with an interval, and compare"
     )
     demo.add_argument("--out", type=path, default="out/demo", help="folder for the pictures and report.json")
-    _sampling_arguments(demo, samples=1000)
+    _sampling_arguments(demo, samples=1500, steps=None)
     demo.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
-    demo.add_argument("--weight", type=float, default=6.0, help="guidance weight in the interval")
-    demo.add_argument("--sigma-lo", type=float, default=0.1, help="guidance begins above this noise level")
-    demo.add_argument("--sigma-hi", type=float, default=2.5, help="guidance ends at this noise level (inf: open)")
+    demo.add_argument("--model", choices=("emoji", "digits"), default="emoji", help="which of the models that ship")
+    theirs = "(default: the model's best)"
+    demo.add_argument("--weight", type=float, help=f"guidance weight in the interval {theirs}")
+    demo.add_argument("--cfg-weight", type=float, help=f"guidance weight of CFG everywhere, its rival {theirs}")
+    demo.add_argument("--sigma-lo", type=float, help=f"guidance begins above this noise level {theirs}")
+    demo.add_argument("--sigma-hi", type=float, help=f"guidance ends at this noise level, inf: open {theirs}")
     demo.set_defaults(run=run_demo, interrupted="nothing is written")
 
     sweep = commands.add_parser(
@@ -248,10 +251,11 @@ def parser():
     return p
 
 
-def _sampling_arguments(command, samples):
+def _sampling_arguments(command, samples, steps=16):
     command.add_argument("--samples", type=count(20, MAX_SAMPLES), default=samples, help="images per setting")
     command.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
-    command.add_argument("--steps", type=count(2, MAX_STEPS), default=16, help="sampling steps")
+    told = "sampling steps" if steps else "sampling steps (default: the model's best)"
+    command.add_argument("--steps", type=count(2, MAX_STEPS), default=steps, help=told)
     command.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="the same seed gives the same numbers")
 
 
@@ -318,10 +322,12 @@ def run_demo(args):
         out=args.out,
         samples=args.samples,
         sampler=args.sampler,
-        steps=args.steps,
         seed=args.seed,
         device=args.device,
+        name=args.model,
+        steps=args.steps,
         weight=args.weight,
+        cfg_weight=args.cfg_weight,
         sigma_lo=args.sigma_lo,
         sigma_hi=args.sigma_hi,
     )

@@ -1,97 +1,183 @@
-"""The main job: what guidance in a limited interval buys, on the model that ships, in one table and three pictures."""
+"""The main job: what guidance in a limited interval buys, on a model that ships, in tables and three pictures."""
 
-import itertools
 import json
+import math
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..errors import user_input
+from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder, sole_use
+from ..measure.metrics import frechet_distance, influence_interval
 from ..sampler_patch import GuidanceInterval
-from . import data, model, plots
-from .sampling import Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
-from .scores import score_samples
+from . import compare, data, model, plots
+from .sampling import BATCH, Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
+from .scores import Scores, judge_samples, strata
 
-MAX_CFG_RUNS = 8  # To bracket the interval's accuracy.
+SHARE = 5  # Settings beside the two that compete sample this part of the images.
 
 
-def run(out, samples, sampler, steps, seed, device, weight, sigma_lo, sigma_hi):
-    """Sample every setting, write the pictures and report.json, print the table and the findings; return the report.
+@dataclass(frozen=True)
+class Defaults:
+    """What the demo does with a model unless told otherwise.
 
-    Raises UserError, before anything is sampled, for an unknown sampler, an interval or a weight that makes no sense,
-    and a folder that cannot be written to or that another run is writing to.
+    steps, interval, weight and cfg_weight have the lowest distance of the ruler in a sweep over both bounds and weights
+    with seed 100 (docs/design.md), whatever the accuracy. strong: a weight as people use it. shown: classes in grid.png.
     """
+
+    steps: int
+    interval: GuidanceInterval
+    weight: float
+    cfg_weight: float
+    strong: float
+    shown: tuple
+
+
+DEFAULTS = {
+    "emoji": Defaults(
+        12, GuidanceInterval(0.1, 3.5), 2.5, 1.375, 4.0,
+        ("face-smiling", "heart", "animal-mammal", "food-fruit", "food-prepared", "drink", "transport-ground", "time",
+         "sport", "country-flag"),
+    ),
+    "digits": Defaults(16, GuidanceInterval(0.1, 2.5), 2.0, 1.25, 4.0, tuple("0123456789")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting: its Samples, of which the images that are shown are kept, their Scores and what moves those."""
+
+    setting: Setting
+    drawn: Samples
+    scores: Scores
+    influence: torch.Tensor | None = None
+
+    @property
+    def judged(self):
+        return self.scores, self.influence
+
+
+def run(out, samples, sampler, seed, device, name="emoji", steps=None, weight=None, cfg_weight=None, sigma_lo=None,
+        sigma_hi=None):  # fmt: skip
+    """Sample every setting, write the pictures and report.json, print the tables and the findings; return the report.
+
+    None stands for the model's own `Defaults`. Raises UserError, before anything is sampled, for an unknown model or
+    sampler, an interval or a weight that makes no sense, and a folder that cannot be written to or that another run is
+    writing to.
+    """
+    if name not in DEFAULTS:
+        raise UserError(f"model must be one of {', '.join(DEFAULTS)}, got {name!r}")
+    own = DEFAULTS[name]
     with user_input():
-        interval = GuidanceInterval(sigma_lo, sigma_hi)
+        interval = GuidanceInterval(
+            own.interval.sigma_lo if sigma_lo is None else sigma_lo,
+            own.interval.sigma_hi if sigma_hi is None else sigma_hi,
+        )
+    weight, cfg_weight = weight or own.weight, cfg_weight or own.cfg_weight
+    steps = steps or own.steps
     check_weight(weight)
+    check_weight(cfg_weight)
     get_sampler(sampler)
     out = output_folder(out)
     with sole_use(out):
-        lab = model.load(device=device)
+        lab = model.load(model.shipped()[name], device)
         sigmas = karras_sigmas(steps)
         interval.warn_if_unused(sigmas[:-1])
-        cfg, limited, ablations, none, real = measure_all(lab, interval, weight, samples, sampler, steps, seed)
-        runs = [none, *cfg, limited, *(r for _, r in ablations)]
-        found = findings(cfg, limited, ablations)
-        plots.grid(out / "grid.png", [real, *runs], lab.config["pixel_mean"], lab.config["pixel_std"])
-        plots.tradeoff(out / "tradeoff.png", runs, real)
-        plots.schedule(out / "schedule.png", sigmas, interval)
-        report = dict(
-            settings=[describe(*r) for r in runs],
-            real=asdict(real[2]),
-            findings=found,
-            arguments=dict(
-                samples=samples, sampler=sampler, steps=steps, seed=seed, device=str(device), weight=weight,
-                sigma_lo=interval.sigma_lo, sigma_hi=_or_null(interval.sigma_hi),
-            ),
-            sigmas=sigmas.tolist(),
-            model=dict(file=model.SHIPPED.name, config=lab.config, record=lab.record),
-            versions=versions(),
-        )  # fmt: skip
-        with atomic_path(out / "report.json") as tmp:
-            tmp.write_text(json.dumps(report, indent=2) + "\n")
-    print(table([real, *runs]), *found, sep="\n")
-    print(f"\nwrote grid.png, tradeoff.png, schedule.png and report.json to {out}")
-    return report
-
-
-def measure_all(lab, interval, weight, samples, sampler, steps, seed):
-    """Every run, each (Setting, Samples, Scores): [CFG everywhere], in the interval, [(part, widened)], none, real.
-
-    Of the images those that are shown are kept.
-    """
-    with tqdm(total=6 * samples, unit="image") as bar:
-
-        def measure(setting):
-            bar.set_description(setting.name)
-            drawn = sample(lab, setting, samples, sampler, steps, seed, bar.update)
-            return _scored(lab, setting, drawn)
-
-        def extend():
-            bar.total += samples
-            bar.refresh()
-
-        none = measure(Setting("no guidance", 1.0))
-        limited = measure(Setting(f"interval {interval}, w={weight:g}", weight, interval))
-        cfg = bracket(measure, limited, extend)
-        ablations = []
+        settings = dict(
+            none=Setting("no guidance", 1.0),
+            cfg=Setting(f"CFG everywhere, w={cfg_weight:g}", cfg_weight),
+            strong=Setting(f"CFG everywhere, w={own.strong:g}", own.strong),
+            limited=Setting(f"interval {interval}, w={weight:g}", weight, interval),
+        )
         for part, widened in (
             ("low", GuidanceInterval(0, interval.sigma_hi)),
             ("high", GuidanceInterval(interval.sigma_lo)),
         ):
             if widened != interval:
-                ablations.append((part, measure(Setting(f"… {part} part on: {widened}", weight, widened))))
+                settings[part] = Setting(f"… {part} part on: {widened}", weight, widened)
+        few, many = measure_all(lab, settings, shown(lab, own.shown), samples, sampler, steps, seed)
+        real = real_images(lab, few["cfg"].drawn.num, seed)
+        found = findings(lab, few, many)
+        runs = [*few.values(), *(many.values() if many["cfg"] is not few["cfg"] else ())]
+        titles = own.shown if name == "emoji" else ()
+        plots.grid(out / "grid.png", [real, *few.values()], lab.config["pixel_mean"], lab.config["pixel_std"], titles)
+        plots.tradeoff(out / "tradeoff.png", list(few.values()), real)
+        plots.schedule(out / "schedule.png", sigmas, interval)
+        report = dict(
+            settings=[describe(r) for r in runs],
+            real={k: v for k, v in asdict(real.scores).items() if not math.isnan(v)},
+            findings=found,
+            arguments=dict(
+                model=name, samples=samples, sampler=sampler, steps=steps, seed=seed, device=str(device), weight=weight,
+                cfg_weight=cfg_weight, sigma_lo=interval.sigma_lo, sigma_hi=_or_null(interval.sigma_hi),
+            ),
+            sigmas=sigmas.tolist(),
+            model=dict(file=model.shipped()[name].name, config=lab.config, record=lab.record),
+            versions=versions(),
+        )  # fmt: skip
+        with atomic_path(out / "report.json") as tmp:
+            tmp.write_text(json.dumps(report, indent=2) + "\n")
+    print(table([real, *runs]), "", *found, sep="\n")
+    print(f"\nwrote grid.png, tradeoff.png, schedule.png and report.json to {out}")
+    return report
+
+
+def measure_all(lab, settings, index, samples, sampler, steps, seed):
+    """`({key: Run}, {key: Run})`: every setting on the first few of the seeds, and the two that compete on all.
+
+    index: which samples are shown.
+    """
+    few = min(samples, -(-samples // (SHARE * BATCH)) * BATCH)  # Whole batches: the noise of the first is the same.
+    shorter, longer = {}, {}
+    with tqdm(total=2 * samples + (len(settings) - 2) * few, unit="image") as bar:
+        for key, setting in settings.items():
+            bar.set_description(setting.name)
+            competes = key in ("cfg", "limited")
+            drawn = sample(lab, setting, samples if competes else few, sampler, steps, seed, bar.update)
+            part = drawn if drawn.num == few else drawn.first(few)
+            shorter[key] = _judged(lab, setting, part, index(part.labels))
+            if competes:
+                longer[key] = shorter[key] if drawn.num == few else _judged(lab, setting, drawn, index(drawn.labels))
         bar.set_description("done")
-    return cfg, limited, ablations, none, _scored(lab, Setting("real digits", 1.0), real_digits(lab, samples, seed))
+    return shorter, longer
 
 
-def _scored(lab, setting, drawn):
-    scores = score_samples(lab, drawn.x, drawn.labels)
-    return setting, replace(drawn, x=drawn.x[: plots.COLUMNS].clone()), scores
+def _judged(lab, setting, drawn, index):
+    scores, influence = judge_samples(lab, drawn.x, drawn.labels)
+    return Run(setting, replace(drawn, x=drawn.x[index].clone()), scores, influence)
+
+
+def shown(lab, names):
+    """A function of labels [N]: the index of the images that are shown, the first two of each class in turn."""
+    classes = lab.config.get("classes", [str(c) for c in range(lab.config["num_classes"])])
+    wanted = [classes.index(name) for name in names]
+
+    def index(labels):
+        return torch.cat([(labels == c).nonzero()[: plots.COLUMNS // len(wanted), 0] for c in wanted])
+
+    return index
+
+
+def real_images(lab, num, seed):
+    """As many real images as a `Run`, whose distance is the floor; in the file of the emoji are but their features."""
+    setting = Setting("real images", 1.0)
+    if "thumbnails" not in lab.reference:
+        drawn = real_digits(lab, num, seed)
+        return _judged(lab, setting, drawn, shown(lab, "0123456789")(drawn.labels))
+    found = []
+    for prefix in ("", "class_"):
+        features, mean, cov = (lab.reference[prefix + key] for key in ("features", "mean", "cov"))
+        value, moved = frechet_distance(features[:num].double(), mean, cov, influence=True)
+        found += [value.item(), *influence_interval(value, moved)]
+    fd, second = found[:3], found[3:]
+    x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
+    index = shown(lab, DEFAULTS["emoji"].shown)(torch.arange(len(x)))
+    x = x[index.repeat_interleave(plots.COLUMNS // len(index))]
+    labels = torch.zeros(min(num, len(lab.reference["features"])))
+    return Run(setting, Samples(x, labels, 0.0, 0.0), Scores(*fd, math.nan, math.nan, *second))
 
 
 def real_digits(lab, num, seed):
@@ -105,67 +191,36 @@ def real_digits(lab, num, seed):
     return Samples(x.to(device), labels[index].to(device), 0.0, 0.0)
 
 
-def bracket(measure, limited, extend):
-    """CFG everywhere at weights whose accuracies enclose that of the interval, as `measure` gave them, by weight.
-
-    The excess weight, w - 1, starts at a sixth of the interval's and is doubled or halved until the
-    accuracies enclose the target. extend() is called before each run after the second.
-    """
-    setting, _, scores = limited
-    excess, runs = (setting.weight - 1) / 6, {}
-    while excess not in runs and len(runs) < MAX_CFG_RUNS:
-        if len(runs) >= 2:
-            extend()
-        runs[excess] = measure(Setting(f"CFG everywhere, w={1 + excess:.4g}", 1 + excess))
-        excess *= 2 if runs[excess][2].accuracy < scores.accuracy else 0.5
-    return [runs[k] for k in sorted(runs)]
-
-
-def findings(cfg, limited, ablations):
-    """The paper's three claims as these runs bear them out, or do not: a list of sentences."""
-    lines = [compare(cfg, limited)]
-    _, drawn, scores = limited
-    for part, (_, part_drawn, part_scores) in ablations:
-        points = 100 * (part_scores.accuracy - scores.accuracy)
-        lines.append(
-            f"Guidance in the {part} part as well: the distance is {change(part_scores.fd, scores.fd)}, accuracy "
-            f"{points:+.1f} points, rows are {change(part_drawn.rows, drawn.rows)}."
-        )
+def findings(lab, few, many):
+    """What these runs say of the paper's claims, each with its uncertainty: a list of sentences."""
+    lines, num = [], many["cfg"].drawn.num
+    cfg, limited = many["cfg"], many["limited"]
+    points = 100 * (limited.scores.accuracy - cfg.scores.accuracy)
+    lines.append(
+        f"Interval against CFG, {num:,} images of the same seeds: the distance is {_ratios(lab, limited, cfg)}. "
+        f"Accuracy {points:+.1f} points, rows {change(limited.drawn.rows, cfg.drawn.rows)}."
+    )
+    lines.append(f"Interval against no guidance, {few['none'].drawn.num:,} images: the distance is "
+                 f"{_ratios(lab, few['limited'], few['none'])}.")  # fmt: skip
+    for part in ("low", "high"):
+        if part in few:
+            wider, limited = few[part], few["limited"]
+            lines.append(
+                f"Guidance in the {part} part as well, {wider.drawn.num:,} images: the distance is "
+                f"{_ratios(lab, wider, limited)}, rows {change(wider.drawn.rows, limited.drawn.rows)}."
+            )
     return lines
 
 
-def compare(cfg, limited):
-    """The interval against CFG everywhere at the same accuracy, in a sentence that says so when there is none.
-
-    Between two weights the accuracy is taken as linear and the distance as exponential, as in lab/results.py. Of
-    several places with that accuracy the one with the lowest distance counts: not to flatter the interval.
-    """
-    _, drawn, scores = limited
-    rivals = []
-    for (a, drawn_a, score_a), (b, _, score_b) in itertools.pairwise(cfg):
-        low, high = sorted((score_a.accuracy, score_b.accuracy))
-        if not low <= scores.accuracy <= high:
-            continue
-        share = (scores.accuracy - score_a.accuracy) / (score_b.accuracy - score_a.accuracy) if low < high else 0.0
-        fd, fd_low, fd_high = (
-            max(getattr(score_a, name), 0.0) ** (1 - share) * max(getattr(score_b, name), 0.0) ** share
-            for name in ("fd", "fd_low", "fd_high")
-        )
-        rivals.append((fd, fd_low, fd_high, drawn_a.rows, f"between w={a.weight:.4g} and w={b.weight:.4g}"))
-    if rivals:
-        fd, fd_low, fd_high, rows, where = min(rivals)
-        apart = scores.fd_high < fd_low or fd_high < scores.fd_low
-        return (
-            f"At equal accuracy, {scores.accuracy:.1%}, which CFG everywhere has {where}: the distance is "
-            f"{change(scores.fd, fd)} (95 % intervals {'do not ' if apart else ''}overlap), rows are "
-            f"{change(drawn.rows, rows)}."
-        )
-    setting, near_drawn, near = min(cfg, key=lambda r: abs(r[2].accuracy - scores.accuracy))
-    return (
-        f"No comparison at equal accuracy: none of the weights of CFG everywhere that were tried comes to "
-        f"{scores.accuracy:.1%}. The nearest is {setting.name}, with {near.accuracy:.1%}: against it the distance is "
-        f"{change(scores.fd, near.fd)}, rows are {change(drawn.rows, near_drawn.rows)}."
-    )
+def _ratios(lab, a, b):
+    """The ratio of two distances by each judge, in words."""
+    names = {"fd": "by the ruler", "class_fd": "by the classifier"} if not math.isnan(a.scores.class_fd) else {"fd": ""}
+    said = []
+    for judge, name in names.items():
+        r = compare.ratio(a.judged, b.judged, judge, strata(lab, a.drawn.labels))
+        verdict = {"yes": "lower", "no": "higher", "unclear": "unclear"}[r.below]
+        said.append(f"{r} {name} ({verdict})".replace("  ", " "))
+    return ", ".join(said)
 
 
 def change(value, base):
@@ -180,33 +235,40 @@ def change(value, base):
 
 def table(runs):
     """The runs as a Markdown table, which reads well in a terminal too."""
-    head = ("setting", "1000 FD [95 % interval]", "accuracy", "variety", "rows", "seconds")
-    body = [
-        (
-            setting.name,
-            f"{1000 * s.fd:.2f} [{1000 * s.fd_low:.2f}, {1000 * s.fd_high:.2f}]",
-            f"{s.accuracy:.1%}",
-            f"{s.variety:.3f}",
-            f"{drawn.rows:.1f}" if drawn.rows else "",
-            f"{drawn.seconds:.1f}" if drawn.rows else "",
-        )
-        for setting, drawn, s in runs
-    ]
-    return aligned(head, body)
+    judges = 1 if all(math.isnan(r.scores.class_fd) for r in runs) else 2
+    head = ["setting", "images", "1000 FD [95 % interval]", "by the classifier", "accuracy", "variety", "rows", "seconds"]
+    body = []
+    for r in runs:
+        s, drawn = r.scores, r.drawn
+        body.append([
+            r.setting.name, f"{drawn.num:,}", _with_ends(s.fd, s.fd_low, s.fd_high),
+            _with_ends(s.class_fd, s.class_fd_low, s.class_fd_high),
+            "" if math.isnan(s.accuracy) else f"{s.accuracy:.1%}", "" if math.isnan(s.variety) else f"{s.variety:.3f}",
+            f"{drawn.rows:.1f}" if drawn.rows else "", f"{drawn.seconds:.1f}" if drawn.rows else "",
+        ])  # fmt: skip
+    if judges == 1:
+        head, body = head[:3] + head[4:], [row[:3] + row[4:] for row in body]
+    note = "The fewer the images, the higher a distance is, whatever the setting: compare rows of as many images."
+    return aligned(head, body) + ("\n" + note if len({r.drawn.num for r in runs}) > 1 else "")
 
 
-def describe(setting, drawn, scores):
-    """One run as JSON; an open end of an interval is null."""
-    bounds = None
+def _with_ends(value, low, high):
+    return f"{1000 * value:.2f} [{1000 * low:.2f}, {1000 * high:.2f}]"
+
+
+def describe(run):
+    """One run as JSON; an open end of an interval is null, and so is what was not measured."""
+    setting, bounds = run.setting, None
     if setting.interval is not None:
         bounds = [setting.interval.sigma_lo, _or_null(setting.interval.sigma_hi)]
     return dict(
         name=setting.name,
         weight=setting.weight,
         interval=bounds,
-        rows_per_sample=drawn.rows,
-        seconds=round(drawn.seconds, 3),
-        **asdict(scores),
+        images=run.drawn.num,
+        rows_per_sample=run.drawn.rows,
+        seconds=round(run.drawn.seconds, 3),
+        **{k: None if math.isnan(v) else v for k, v in asdict(run.scores).items()},
     )
 
 

@@ -2,6 +2,7 @@
 
 import matplotlib
 import numpy as np
+import torch
 
 matplotlib.use("Agg")  # No window, no display needed.
 
@@ -35,36 +36,43 @@ def _adherence_axes(ax):
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def grid(path, runs, pixel_mean, pixel_std):
-    """One row of images per setting, the same seeds in every row. runs: list of (Setting, Samples, Scores)."""
-    fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.62 * len(runs) + 0.4), squeeze=False)
-    for ax, (setting, samples, scores) in zip(axes[:, 0], runs, strict=True):
-        pixels = 255 - to_pixels(samples.x[:COLUMNS].cpu(), pixel_mean, pixel_std)
-        ax.imshow(pixels.permute(1, 0, 2).flatten(1), cmap="gray", vmin=0, vmax=255)
+def grid(path, runs, pixel_mean, pixel_std, titles=()):
+    """One row of images per `demo.Run`, the same seeds in every row; titles: of groups of as many columns, if any."""
+    fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.62 * len(runs) + 0.6), squeeze=False)
+    for ax, run in zip(axes[:, 0], runs, strict=True):
+        x = run.drawn.x[:COLUMNS].cpu()
+        pixels = torch.stack([to_pixels(x[:, c : c + 1], pixel_mean, pixel_std) for c in range(x.shape[1])], dim=1)
+        if x.shape[1] == 1:  # Grey: dark ink on white.
+            pixels = (255 - pixels).expand(-1, 3, -1, -1)
+        pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=255)
+        ax.imshow(pixels.permute(2, 0, 3, 1).flatten(1, 2), interpolation="nearest")
         ax.set_axis_off()
-        detail = f"1000 FD {1000 * scores.fd:.2f} · {scores.accuracy:.1%}"
-        if samples.rows:
-            detail += f" · {samples.rows:.0f} rows"
-        for y, text, size, colour in ((0.66, setting.name, 10.5, INK), (0.24, detail, 8.5, "#666666")):
+        detail = f"1000 FD {1000 * run.scores.fd:.1f}"
+        if run.drawn.rows:
+            detail += f" · {run.scores.accuracy:.1%} · {run.drawn.rows:.0f} rows"
+        for y, text, size, colour in ((0.66, run.setting.name, 10.5, INK), (0.24, detail, 8.5, "#666666")):
             ax.text(-0.01, y, text, transform=ax.transAxes, ha="right", va="center", fontsize=size, color=colour)
-    fig.suptitle("The same seeds under each setting, below real digits", fontsize=11, color=INK, y=0.99)
-    fig.subplots_adjust(left=0.2, right=0.998, top=1 - 0.35 / fig.get_figheight(), bottom=0, hspace=0)
+    for i, title in enumerate(titles):
+        at = (i + 0.5) / len(titles)
+        axes[0, 0].text(at, 1.12, title, transform=axes[0, 0].transAxes, ha="center", fontsize=8.5, color=INK)
+    fig.suptitle("The same seeds under each setting, below real images", fontsize=11, color=INK, y=0.99)
+    fig.subplots_adjust(left=0.2, right=0.998, top=1 - 0.55 / fig.get_figheight(), bottom=0, hspace=0)
     _write(fig, path)
 
 
 def tradeoff(path, runs, real):
     """Distance to the real images against adherence, one point per setting, its cost as the colour.
 
-    runs: list of (Setting, Samples, Scores); real: the same of as many real images, whose distance is the floor.
+    runs: list of `demo.Run`; real: one of as many real images, whose distance is the floor.
     """
     fig, ax = plt.subplots(figsize=(8.6, 5.2))
-    rows = [samples.rows for _, samples, _ in runs]
+    rows = [r.drawn.rows for r in runs]
     norm = Normalize(min(rows), max(rows))
     curve = sorted(
-        (setting.weight, scores.accuracy, 1000 * scores.fd) for setting, _, scores in runs if not setting.interval
+        (r.setting.weight, r.scores.accuracy, 1000 * r.scores.fd) for r in runs if not r.setting.interval
     )
     ax.plot([a for _, a, _ in curve], [fd for *_, fd in curve], color="#999999", lw=1, zorder=1)
-    for setting, samples, scores in runs:
+    for setting, samples, scores in ((r.setting, r.drawn, r.scores) for r in runs):
         star = setting.name.startswith("interval")
         marker, size = ("*", 360) if star else ("s", 60) if setting.interval else ("o", 80)
         fd, low, high = (1000 * v for v in (scores.fd, scores.fd_low, scores.fd_high))
@@ -73,16 +81,16 @@ def tradeoff(path, runs, real):
             scores.accuracy, fd, c=[samples.rows], norm=norm, cmap="viridis_r", s=size, marker=marker,
             edgecolors=INK, linewidths=0.8, zorder=3 if star else 2,
         )  # fmt: skip
-    ax.axhline(1000 * real[2].fd, color=INK, lw=1, ls=":", zorder=0)
-    ax.annotate("as many real digits", (0.01, 1000 * real[2].fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
+    ax.axhline(1000 * real.scores.fd, color=INK, lw=1, ls=":", zorder=0)
+    ax.annotate("as many real images", (0.01, 1000 * real.scores.fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
                 textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
     fig.colorbar(points, label="cost: network rows per sample")
     _adherence_axes(ax)
-    low, high = (f(scores.accuracy for *_, scores in runs) for f in (min, max))
+    low, high = (f(r.scores.accuracy for r in runs) for f in (min, max))
     ax.set_xlim(low - 0.45 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     ax.set_title("Lower right is better (bars: 95 % bootstrap intervals; line: CFG everywhere)", fontsize=10.5)
     fig.tight_layout()
-    _label_points(ax, [(setting.name, scores.accuracy, 1000 * scores.fd) for setting, _, scores in runs])
+    _label_points(ax, [(r.setting.name, r.scores.accuracy, 1000 * r.scores.fd) for r in runs])
     _write(fig, path)
 
 

@@ -369,7 +369,7 @@ def draw_variety(scale, results, out, device="cpu"):
     by_class = []  # So that one sees one class beside another.
     for setting, drawn, scores in runs:
         order = torch.cat([(drawn.labels == c).nonzero()[:4, 0] for c in (1, 2, 4, 7, 8)])
-        by_class.append((setting, dataclasses.replace(drawn, x=drawn.x[order]), scores))
+        by_class.append(demo.Run(setting, dataclasses.replace(drawn, x=drawn.x[order]), scores))
     plots.grid(out / "variety.png", by_class, lab.config["pixel_mean"], lab.config["pixel_std"])
     whole = demo.real_digits(lab, 5000, 0)
     reference, spread = features_of(lab, whole), lab.reference["spread"].double().cpu()

@@ -34,6 +34,15 @@ class Samples:
     rows: float
     seconds: float
 
+    @property
+    def num(self):
+        return len(self.labels)
+
+    def first(self, num):
+        """The first `num` of them, with their share of the seconds."""
+        share = self.seconds * num / self.num
+        return Samples(self.x[:num], self.labels[:num], self.rows, share)
+
 
 def check_weight(weight):
     """Raise UserError unless `weight` guides."""
