@@ -1,9 +1,10 @@
 """Is one setting better than another? Ratios of distances with their intervals, paired by seed.
 
-Settings that are compared sample the same noise and the same classes: what a lucky seed gives to one, it mostly gives to
-the other too. To first order the logarithm of a ratio a / b moves with sample i by a_i / a - b_i / b, where a_i and b_i
-are its influences (`scores.judge_samples`); the interval is that of this difference (`metrics.influence_interval`). Like
-a distance it covers the expectation at this number of images; with more of them a ratio lies further from 1.
+Settings that are compared sample the same noise and the same classes: what a lucky seed gives to one, it mostly gives
+to the other too. To first order the logarithm of a ratio a / b moves with sample i by a_i / a - b_i / b, where a_i and
+b_i are its influences (`scores.judge_samples`); the interval is that of this difference
+(`metrics.influence_interval`). As with a distance, it covers the expectation at this number of images; with more of
+them a ratio lies further from 1.
 """
 
 import itertools

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder, sole_use
-from ..measure.metrics import frechet_distance, influence_interval
 from ..sampler_patch import GuidanceInterval
 from . import compare, data, model, plots
 from .sampling import BATCH, Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
@@ -76,8 +75,10 @@ def run(out, samples, sampler, seed, device, name="emoji", steps=None, weight=No
             own.interval.sigma_lo if sigma_lo is None else sigma_lo,
             own.interval.sigma_hi if sigma_hi is None else sigma_hi,
         )
-    weight, cfg_weight = weight or own.weight, cfg_weight or own.cfg_weight
-    steps = steps or own.steps
+    weight, cfg_weight, steps = (
+        mine if given is None else given
+        for given, mine in ((weight, own.weight), (cfg_weight, own.cfg_weight), (steps, own.steps))
+    )
     check_weight(weight)
     check_weight(cfg_weight)
     get_sampler(sampler)
@@ -120,7 +121,7 @@ def run(out, samples, sampler, seed, device, name="emoji", steps=None, weight=No
         )  # fmt: skip
         with atomic_path(out / "report.json") as tmp:
             tmp.write_text(json.dumps(report, indent=2) + "\n")
-    print(table([real, *runs]), "", *found, sep="\n")
+    print(table(runs if math.isnan(real.scores.fd) else [real, *runs]), "", *found, sep="\n")
     print(f"\nwrote grid.png, tradeoff.png, schedule.png and report.json to {out}")
     return report
 
@@ -151,33 +152,31 @@ def _judged(lab, setting, drawn, index):
 
 
 def shown(lab, names):
-    """A function of labels [N]: the index of the images that are shown, the first two of each class in turn."""
+    """A function of labels [N]: the index of the images that are shown, the first ones of each class in turn."""
     classes = lab.config.get("classes", [str(c) for c in range(lab.config["num_classes"])])
     wanted = [classes.index(name) for name in names]
 
     def index(labels):
-        return torch.cat([(labels == c).nonzero()[: plots.COLUMNS // len(wanted), 0] for c in wanted])
+        found = [(labels == c).nonzero()[:, 0] for c in wanted]
+        each = plots.COLUMNS // len(wanted)
+        # Of so few images that a class has none, its place shows the first ones.
+        return torch.cat(
+            [(f if len(f) else torch.arange(len(labels)))[torch.arange(each) % max(len(f), 1)] for f in found]
+        )
 
     return index
 
 
 def real_images(lab, num, seed):
-    """As many real images as a `Run`, whose distance is the floor; in the file of the emoji are but their features."""
+    """Real images as a `Run`: of the digits as many, whose distance is the floor; of the emoji those to be shown."""
     setting = Setting("real images", 1.0)
     if "thumbnails" not in lab.reference:
         drawn = real_digits(lab, num, seed)
         return _judged(lab, setting, drawn, shown(lab, "0123456789")(drawn.labels))
-    found = []
-    for prefix in ("", "class_"):
-        features, mean, cov = (lab.reference[prefix + key] for key in ("features", "mean", "cov"))
-        value, moved = frechet_distance(features[:num].double(), mean, cov, influence=True)
-        found += [value.item(), *influence_interval(value, moved)]
-    fd, second = found[:3], found[3:]
     x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
     index = shown(lab, DEFAULTS["emoji"].shown)(torch.arange(len(x)))
     x = x[index.repeat_interleave(plots.COLUMNS // len(index))]
-    labels = torch.zeros(min(num, len(lab.reference["features"])))
-    return Run(setting, Samples(x, labels, 0.0, 0.0), Scores(*fd, math.nan, math.nan, *second))
+    return Run(setting, Samples(x, index, 0.0, 0.0), Scores(*[math.nan] * 5))
 
 
 def real_digits(lab, num, seed):
@@ -236,7 +235,16 @@ def change(value, base):
 def table(runs):
     """The runs as a Markdown table, which reads well in a terminal too."""
     judges = 1 if all(math.isnan(r.scores.class_fd) for r in runs) else 2
-    head = ["setting", "images", "1000 FD [95 % interval]", "by the classifier", "accuracy", "variety", "rows", "seconds"]
+    head = [
+        "setting",
+        "images",
+        "1000 FD [95 % interval]",
+        "by the classifier",
+        "accuracy",
+        "variety",
+        "rows",
+        "seconds",
+    ]
     body = []
     for r in runs:
         s, drawn = r.scores, r.drawn

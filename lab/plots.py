@@ -47,9 +47,7 @@ def grid(path, runs, pixel_mean, pixel_std, titles=()):
         pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=255)
         ax.imshow(pixels.permute(2, 0, 3, 1).flatten(1, 2), interpolation="nearest")
         ax.set_axis_off()
-        detail = f"1000 FD {1000 * run.scores.fd:.1f}"
-        if run.drawn.rows:
-            detail += f" · {run.scores.accuracy:.1%} · {run.drawn.rows:.0f} rows"
+        detail = f"{run.scores.accuracy:.1%} · {run.drawn.rows:.0f} rows" if run.drawn.rows else ""
         for y, text, size, colour in ((0.66, run.setting.name, 10.5, INK), (0.24, detail, 8.5, "#666666")):
             ax.text(-0.01, y, text, transform=ax.transAxes, ha="right", va="center", fontsize=size, color=colour)
     for i, title in enumerate(titles):
@@ -68,9 +66,7 @@ def tradeoff(path, runs, real):
     fig, ax = plt.subplots(figsize=(8.6, 5.2))
     rows = [r.drawn.rows for r in runs]
     norm = Normalize(min(rows), max(rows))
-    curve = sorted(
-        (r.setting.weight, r.scores.accuracy, 1000 * r.scores.fd) for r in runs if not r.setting.interval
-    )
+    curve = sorted((r.setting.weight, r.scores.accuracy, 1000 * r.scores.fd) for r in runs if not r.setting.interval)
     ax.plot([a for _, a, _ in curve], [fd for *_, fd in curve], color="#999999", lw=1, zorder=1)
     for setting, samples, scores in ((r.setting, r.drawn, r.scores) for r in runs):
         star = setting.name.startswith("interval")
@@ -81,8 +77,9 @@ def tradeoff(path, runs, real):
             scores.accuracy, fd, c=[samples.rows], norm=norm, cmap="viridis_r", s=size, marker=marker,
             edgecolors=INK, linewidths=0.8, zorder=3 if star else 2,
         )  # fmt: skip
-    ax.axhline(1000 * real.scores.fd, color=INK, lw=1, ls=":", zorder=0)
-    ax.annotate("as many real images", (0.01, 1000 * real.scores.fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
+    if not np.isnan(real.scores.fd):
+        ax.axhline(1000 * real.scores.fd, color=INK, lw=1, ls=":", zorder=0)
+        ax.annotate("as many real images", (0.01, 1000 * real.scores.fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
                 textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
     fig.colorbar(points, label="cost: network rows per sample")
     _adherence_axes(ax)

@@ -1,14 +1,16 @@
 """The main job, small; and the command line."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+import torch
 from guidance_interval import cli
-from guidance_interval.lab import demo
-from guidance_interval.lab.sampling import Samples, Setting
-from guidance_interval.lab.scores import Scores
+from guidance_interval.lab import demo, model, plots
+from guidance_interval.lab.sampling import Samples, Setting, class_labels, sample
+from guidance_interval.lab.scores import Scores, judge_samples
 from PIL import Image
 
 FAST = ["--samples", "60", "--steps", "8", "--sampler", "euler"]
@@ -23,13 +25,28 @@ def reports(tmp_path_factory):
     return folders, [json.loads((folder / "report.json").read_text()) for folder in folders]
 
 
-def test_the_demo_leaves_its_pictures_and_nothing_else(reports):
-    folders, _ = reports
-    assert {p.name for p in folders[0].iterdir()} == {"grid.png", "tradeoff.png", "schedule.png", "report.json"}
-    for name in ("grid.png", "tradeoff.png", "schedule.png"):
-        with Image.open(folders[0] / name) as image:
-            image.load()
-            assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    assert cli.main(["demo", "--out", str(folder), "--model", "digits", *FAST]) == 0
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+def test_the_demo_leaves_its_pictures_and_nothing_else(reports, digits):
+    for folder in (reports[0][0], digits[0]):
+        assert {p.name for p in folder.iterdir()} == {"grid.png", "tradeoff.png", "schedule.png", "report.json"}
+        for name in ("grid.png", "tradeoff.png", "schedule.png"):
+            with Image.open(folder / name) as image:
+                image.load()
+                assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_emoji_are_in_colour_and_the_digits_are_not(reports, digits):
+    def saturated(folder):
+        with Image.open(folder / "grid.png") as image:
+            return (torch.tensor(list(image.convert("HSV").getdata()))[:, 1] > 100).float().mean()
+
+    assert saturated(reports[0][0]) > 0.05 and saturated(digits[0]) == 0
 
 
 def test_the_same_seed_gives_the_same_numbers(reports):
@@ -40,65 +57,63 @@ def test_the_same_seed_gives_the_same_numbers(reports):
     assert a == b
 
 
-def test_the_report_holds_every_setting_and_its_cost(reports):
-    _, (report, _) = reports
-    none, *cfg, limited, low_on, high_on = report["settings"]
-    assert none["rows_per_sample"] == 8 and none["interval"] is None
-    assert len(cfg) >= 1 and all(s["rows_per_sample"] == 16 and s["interval"] is None for s in cfg)
-    sigmas = report["sigmas"][:-1]
-    for setting in (limited, low_on, high_on):
-        lo, hi = setting["interval"]
-        assert setting["rows_per_sample"] == 8 + sum(lo < s <= (hi or 1e9) for s in sigmas)
-    assert high_on["interval"][1] is None  # JSON has no infinity.
-    assert report["versions"].keys() == {"guidance_interval", "python", "torch", "k_diffusion"}
-    assert report["real"]["variety"] == pytest.approx(1, abs=0.2)
-    assert report["arguments"]["seed"] == 0 and len(report["findings"]) == 3
+def test_the_report_holds_every_setting_and_its_cost(reports, digits):
+    for report in (reports[1][0], digits[1]):
+        none, cfg, strong, limited, low_on, high_on = report["settings"]
+        assert none["rows_per_sample"] == 8 and none["interval"] is None
+        assert all(s["rows_per_sample"] == 16 and s["interval"] is None for s in (cfg, strong))
+        sigmas = report["sigmas"][:-1]
+        for setting in (limited, low_on, high_on):
+            lo, hi = setting["interval"]
+            assert setting["rows_per_sample"] == 8 + sum(lo < s <= (hi or 1e9) for s in sigmas)
+        assert high_on["interval"][1] is None  # JSON has no infinity.
+        assert report["versions"].keys() == {"guidance_interval", "python", "torch", "k_diffusion"}
+        assert report["arguments"]["seed"] == 0 and len(report["findings"]) == 4
+    assert digits[1]["real"]["variety"] == pytest.approx(1, abs=0.2)
+    assert digits[1]["settings"][0]["class_fd"] is None and reports[1][0]["settings"][0]["class_fd"] > 0
 
 
-def run(weight, accuracy, fd, rows=32.0, margin=0.1):
-    scores = Scores(fd=fd, fd_low=fd - margin, fd_high=fd + margin, accuracy=accuracy, variety=1.0)
-    return Setting(f"CFG everywhere, w={weight:g}", weight), Samples(None, None, rows, 1.0), scores
+def test_the_two_that_compete_have_more_images_and_the_same_first_ones():
+    lab = model.load(model.shipped()["emoji"])
+    settings = {k: Setting(k, w) for k, w in (("none", 1.0), ("cfg", 1.5), ("limited", 2.0))}
+    index = demo.shown(lab, ("animal-mammal",))
+    few, many = demo.measure_all(lab, settings, index, 120, "euler", 2, 0)
+    assert [r.drawn.num for r in few.values()] == [100] * 3
+    assert {k: r.drawn.num for k, r in many.items()} == {"cfg": 120, "limited": 120}
+    drawn = sample(lab, settings["cfg"], 100, "euler", 2, 0)
+    assert few["cfg"].scores == judge_samples(lab, drawn.x, drawn.labels)[0]
+    labels = class_labels(lab, 100)
+    assert torch.equal(few["cfg"].drawn.x, drawn.x[index(labels)])
+    chosen = labels[index(labels)]
+    assert len(chosen) == plots.COLUMNS and (chosen == lab.config["classes"].index("animal-mammal")).all()
 
 
-@pytest.mark.parametrize(("target", "expected"), [(0.95, [1.5, 2.0]), (0.72, [1.125]), (0.999, [1.5, 2.0, 3.0])])
-def test_cfg_weights_bracket_the_accuracy(target, expected):
-    def measure(setting):
-        return run(setting.weight, 1 - 0.3 / (1 + 4 * (setting.weight - 1)) ** 2, 1.0)
-
-    limited = (Setting("interval", 4.0), None, run(4.0, target, 1.0)[2])
-    extended = []
-    runs = demo.bracket(measure, limited, lambda: extended.append(1))
-    weights = [r[0].weight for r in runs]
-    assert len(extended) == max(len(weights) - 2, 0)
-    accuracies = [r[2].accuracy for r in runs]
-    assert min(accuracies) <= target and (max(accuracies) >= target or len(runs) == demo.MAX_CFG_RUNS)
-    assert set(expected) & set(weights)
+def judged(fd, influence, accuracy=0.8, rows=24.0, class_fd=math.nan):
+    num = influence.shape[1]
+    drawn = Samples(None, torch.arange(num) % 10, rows, 1.0)
+    return demo.Run(Setting("", 2.0), drawn, Scores(fd, fd, fd, accuracy, 1.0, class_fd), influence)
 
 
-def test_findings_say_what_the_numbers_say():
-    limited = (Setting("interval", 4.0), Samples(None, None, 21.0, 1.0), run(4, 0.998, 1.0)[2])
-    cfg = [run(1.5, 0.996, 2.0), run(2.0, 0.999, 4.0)]
-    same, worse = run(4.0, 0.998, 1.0, 24.0), run(4.0, 1.0, 10.0, 29.0)
-    better, low, high = demo.findings(cfg, limited, [("low", same), ("high", worse)])
-    assert "At equal accuracy, 99.8%, which CFG everywhere has between w=1.5 and w=2" in better
-    # Two thirds of the way from 2 to 4 on a logarithmic scale: 2^(1 + 2/3) = 3.175.
-    assert "68.5% lower (95 % intervals do not overlap), rows are 34.4% lower" in better
-    assert "low part as well: the distance is the same, accuracy +0.0 points, rows are 14.3% higher" in low
-    assert "10.0 times as much, accuracy +0.2 points, rows are 38.1% higher" in high
-    # Where several places have that accuracy, the lowest distance; and an interval that loses is said to lose.
-    several = [run(1.25, 0.997, 0.5), run(1.5, 0.998, 0.5), run(2.0, 0.998, 0.6), run(4.0, 0.997, 0.4)]
-    (worse,) = demo.findings(several, limited, [])
-    assert "w=1.5: the distance is 2.0 times as much (95 % intervals do not overlap)" in worse
+def test_findings_say_what_the_numbers_say(lab):
+    still = torch.zeros(3, 50)
+    noisy = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 20
+    cfg, limited = judged(0.02, still), judged(0.014, still, 0.85, 17.0)
+    few = dict(none=judged(0.01, still), limited=limited, low=judged(0.0141, noisy, rows=19.0), high=judged(0.1, still))
+    against, none, low, high = demo.findings(lab, few, dict(cfg=cfg, limited=limited))
+    assert against == (
+        "Interval against CFG, 50 images of the same seeds: the distance is -30 % [-30, -30] (lower). "
+        "Accuracy +5.0 points, rows 29.2% lower."
+    )
+    assert "no guidance, 50 images: the distance is +40 % [+40, +40] (higher)" in none
+    assert "low part as well, 50 images: the distance is +1 % [" in low and "(unclear), rows 11.8% higher" in low
+    assert "high part as well, 50 images: the distance is +614 %" in high and "(higher)" in high
 
 
-def test_no_equal_accuracy_is_claimed_where_there_is_none():
-    limited = (Setting("interval", 4.0), Samples(None, None, 21.0, 1.0), run(4, 0.713, 5.0)[2])
-    cfg = [run(1.01, 0.977, 2.0), run(2.0, 0.999, 4.0)]
-    (sentence,) = demo.findings(cfg, limited, [])
-    assert sentence == (
-        "No comparison at equal accuracy: none of the weights of CFG everywhere that were tried comes to 71.3%. "
-        "The nearest is CFG everywhere, w=1.01, with 97.7%: against it the distance is 2.5 times as much, "
-        "rows are 34.4% lower."
+def test_each_judge_speaks(lab):
+    still = torch.zeros(3, 50)
+    a, b = judged(0.01, still, class_fd=0.03), judged(0.02, still, class_fd=0.02)
+    assert demo._ratios(lab, a, b) == (
+        "-50 % [-50, -50] by the ruler (lower), +50 % [+50, +50] by the classifier (higher)"
     )
 
 
@@ -114,6 +129,8 @@ def test_no_equal_accuracy_is_claimed_where_there_is_none():
         (["--sigma-hi", "nan"], "sigma_hi is NaN"),
         (["--weight", "1"], "weight must be a number above 1 (1 is no guidance) and at most 1000, got 1.0"),
         (["--weight", "inf"], "weight must be a number above 1"),
+        (["--weight", "0"], "weight must be a number above 1"),
+        (["--cfg-weight", "0.5"], "weight must be a number above 1"),
         (["--sampler", "eular"], "unknown sampler 'eular'; k-diffusion has"),
     ],
 )
