@@ -23,8 +23,8 @@ SHARE = 5  # Settings beside the two that compete sample this part of the images
 class Defaults:
     """What the demo does with a model unless told otherwise.
 
-    steps, interval, weight and cfg_weight have the lowest distance of the ruler in a sweep over both bounds and weights
-    with seed 100 (docs/design.md), whatever the accuracy. strong: a weight as people use it. shown: classes in grid.png.
+    interval, weight and cfg_weight have the lowest distance, whatever the accuracy, on other seeds than those shown
+    (docs/design.md). strong: a weight as people use it. shown: the classes in grid.png.
     """
 
     steps: int
@@ -157,12 +157,9 @@ def shown(lab, names):
     wanted = [classes.index(name) for name in names]
 
     def index(labels):
-        found = [(labels == c).nonzero()[:, 0] for c in wanted]
-        each = plots.COLUMNS // len(wanted)
-        # Of so few images that a class has none, its place shows the first ones.
-        return torch.cat(
-            [(f if len(f) else torch.arange(len(labels)))[torch.arange(each) % max(len(f), 1)] for f in found]
-        )
+        # Where the images are so few that a class has none, its place shows the first one.
+        found = [f if len(f) else torch.arange(1) for f in ((labels == c).nonzero()[:, 0].cpu() for c in wanted)]
+        return torch.cat([f[torch.arange(plots.COLUMNS // len(wanted)) % len(f)] for f in found])
 
     return index
 

@@ -79,8 +79,10 @@ def tradeoff(path, runs, real):
         )  # fmt: skip
     if not np.isnan(real.scores.fd):
         ax.axhline(1000 * real.scores.fd, color=INK, lw=1, ls=":", zorder=0)
-        ax.annotate("as many real images", (0.01, 1000 * real.scores.fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
-                textcoords="offset points", fontsize=8.5, color=INK)  # fmt: skip
+        ax.annotate(
+            "as many real images", (0.01, 1000 * real.scores.fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
+            textcoords="offset points", fontsize=8.5, color=INK,
+        )  # fmt: skip
     fig.colorbar(points, label="cost: network rows per sample")
     _adherence_axes(ax)
     low, high = (f(r.scores.accuracy for r in runs) for f in (min, max))
