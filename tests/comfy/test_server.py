@@ -32,6 +32,8 @@ NODES = {
     "GuidanceIntervalGuider",
     "GuidanceIntervalSchedule",
     "GuidanceIntervalCompare",
+    "GuidanceIntervalDemoModel",
+    "GuidanceIntervalDemoPrompt",
 }
 WORKFLOWS = sorted(path.stem for path in (harness.ROOT / "workflows").glob("*.json"))
 SMALL = {"steps": 4, "width": 64, "height": 64, "length": 5, "seconds": 1.0}
@@ -237,7 +239,7 @@ def to_prompt(workflow, object_info):
     by_id = {node["id"]: node for node in workflow["nodes"]}
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] == "MarkdownNote":
+        if node["type"] in ("MarkdownNote", "Note"):
             continue
         assert node["type"] in object_info, f"{node['type']} is missing"
         linked = {i["name"]: i["link"] for i in node["inputs"] if i["link"] is not None}
