@@ -4,6 +4,7 @@ One safetensors file each: the denoiser (fp16), the judges, and the reference; t
 record are JSON in the file's metadata.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -68,30 +69,23 @@ def shipped():
     return {path.stem: path for path in sorted(SHIPPED.parent.glob("*.safetensors"))}
 
 
+def read_config(path=SHIPPED):
+    """The configuration of a model file, from its head alone; raises UserError as `load` does."""
+    with _opened(path) as (metadata, _):
+        try:
+            return json.loads(metadata["config"])
+        except (KeyError, ValueError) as e:
+            raise _misfit(path, e) from e
+
+
 def load(path=SHIPPED, device="cpu"):
     """Read a model file that `lab/train.py` wrote and return a `Lab`.
 
     Raises UserError, naming the path, if there is none or it is corrupt or of another kind.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
-    if not os.path.isfile(path):
-        what = (
-            "is a folder or a device, not a file" if os.path.exists(path) else "does not exist; `make train` writes one"
-        )
-        raise UserError(f"model file {str(path)!r} {what}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"model file {str(path)!r} is not a readable safetensors file ({e})") from e
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"model file {str(path)!r} has format {metadata.get('format')!r}, not {FORMAT!r}; "
-            "give a file that `make train` wrote"
-        )
+    with _opened(path) as (metadata, f):
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
     try:
         config, record = json.loads(metadata["config"]), json.loads(metadata["record"])
         network = LevelUNet if "blocks" in config["unet"] else UNet
@@ -106,13 +100,43 @@ def load(path=SHIPPED, device="cpu"):
         if missing := {*REFERENCE, *(("class_mean", "class_cov", "labels") if ruler else ())} - reference.keys():
             raise KeyError(f"reference lacks {', '.join(sorted(missing))}")
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(
-            f"model file {str(path)!r} says {FORMAT!r} but its contents do not fit ({e}); "
-            "give a file that `make train` wrote"
-        ) from e
+        raise _misfit(path, e) from e
     for module in filter(None, (denoiser, classifier, ruler)):
         module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return Lab(denoiser, classifier, reference, config, record, ruler)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """`(metadata, open safetensors file)`; raises UserError, naming the path, for what is not a model file."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not os.path.isfile(path):
+        what = (
+            "is a folder or a device, not a file" if os.path.exists(path) else "does not exist; `make train` writes one"
+        )
+        raise UserError(f"model file {str(path)!r} {what}")
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"model file {str(path)!r} has format {metadata.get('format')!r}, not {FORMAT!r}; "
+                    "give a file that `make train` wrote"
+                )
+            yield metadata, f
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"model file {str(path)!r} is not a readable safetensors file ({e})") from e
+
+
+def _misfit(path, error):
+    return UserError(
+        f"model file {str(path)!r} says {FORMAT!r} but its contents do not fit ({error}); "
+        "give a file that `make train` wrote"
+    )
 
 
 def _part(tensors, prefix):

@@ -5,9 +5,10 @@ import functools
 import comfy.samplers
 from comfy_api.latest import ComfyExtension, io
 
+from ..errors import UserError
 from ..noise_level import steps_to_interval
 from ..presets import PRESETS, get_preset
-from . import model_patch
+from . import demo, model_patch
 from .comparison import compare, parse_intervals, report
 from .guider import TwoModelGuider
 from .model_patch import OPEN, to_interval
@@ -409,6 +410,73 @@ class IntervalComparison(io.ComfyNode):
         return io.NodeOutput(*report(columns))
 
 
+class DemoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return _schema(
+            node_id="GuidanceIntervalDemoModel",
+            display_name="Guidance Interval Demo Model",
+            description="A small model of colour emoji that comes with these nodes: nothing to download, and a "
+            "CPU samples it in seconds. For trying out guidance before you sample a large model.",
+            inputs=[
+                io.Int.Input(
+                    "batch_size", default=6, min=1, max=4096, tooltip="Images in the latent; each has its own noise."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For every sampler, and for every node here. Prompts: Guidance Interval Demo Prompt.",
+                ),
+                io.Vae.Output(
+                    display_name="vae", tooltip="Shows each of the model's 32 x 32 pixels as a square of 8 x 8."
+                ),
+                io.Latent.Output(display_name="latent", tooltip="Empty images of the model's size."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, batch_size):
+        return io.NodeOutput(*demo.demo_model(), demo.empty_latent(batch_size))
+
+
+class DemoPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        try:
+            options = demo.subgroups()
+        except UserError:  # Told when a prompt with the node is queued.
+            options = [demo.NONE]
+        return _schema(
+            node_id="GuidanceIntervalDemoPrompt",
+            display_name="Guidance Interval Demo Prompt",
+            description="A prompt for the demo model: what kind of emoji to draw.",
+            inputs=[
+                io.Combo.Input(
+                    "subgroup",
+                    options=options,
+                    default="cat-face",
+                    tooltip="A subgroup of Unicode's emoji. none, as the negative, makes plain CFG; another subgroup "
+                    "there works as a negative prompt.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="For the positive or the negative of a sampler or guider."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, subgroup=None):
+        return _check(cls, demo.check_subgroup, subgroup=subgroup)
+
+    @classmethod
+    def execute(cls, subgroup):
+        _refuse(cls.validate_inputs(subgroup))
+        return io.NodeOutput(demo.prompt(subgroup))
+
+
 class GuidanceIntervalExtension(ComfyExtension):
     async def get_node_list(self):
         return [
@@ -419,4 +487,6 @@ class GuidanceIntervalExtension(ComfyExtension):
             IntervalGuider,
             IntervalSchedule,
             IntervalComparison,
+            DemoModel,
+            DemoPrompt,
         ]

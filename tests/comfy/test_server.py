@@ -32,6 +32,8 @@ NODES = {
     "GuidanceIntervalGuider",
     "GuidanceIntervalSchedule",
     "GuidanceIntervalCompare",
+    "GuidanceIntervalDemoModel",
+    "GuidanceIntervalDemoPrompt",
 }
 WORKFLOWS = sorted(path.stem for path in (harness.ROOT / "workflows").glob("*.json"))
 SMALL = {"steps": 4, "width": 64, "height": 64, "length": 5, "seconds": 1.0}
@@ -312,6 +314,7 @@ def test_templates_help_and_locales_are_served(server):
     for name in WORKFLOWS:
         served = server.get(f"/api/workflow_templates/{folder}/{name}.json")
         assert any(node["type"] == "MarkdownNote" for node in served["nodes"])
+        uuid.UUID(served["id"])  # The front end warns of any other.
         assert (harness.ROOT / "workflows" / f"{name}.jpg").exists()
     for name in NODES:
         with urllib.request.urlopen(f"{server.url}/extensions/{folder}/docs/{name}.md", timeout=30) as response:
@@ -451,3 +454,69 @@ def test_the_nodes_are_found_by_what_users_call_them(object_info):
         assert "guidance interval" in info["display_name"].lower()
         if "search_aliases" in info:
             assert "cfg limiter" in info["search_aliases"]
+
+
+# ----------------------------------------------------------------------------
+# The demo model, whole.
+
+
+def test_the_workflow_that_needs_no_download_runs_as_it_is(server, object_info):
+    start = time.monotonic()
+    (grid,) = results(server, to_prompt(load_workflow("try_it"), object_info))
+    assert time.monotonic() - start < 60
+    assert grid.shape == (44 + 6 * 256, 3 * 256, 3)
+    everywhere, interval, none = (grid[44:, 256 * i : 256 * (i + 1)] for i in range(3))
+    assert all(np.abs(a.astype(int) - b).mean() > 3 for a, b in ((everywhere, interval), (interval, none)))
+
+
+@pytest.mark.parametrize(("weight", "interval"), [(1.5, None), (2.5, (0.1, 5.0))])
+def test_images_of_the_demo_model_measure_as_the_labs_do(server, weight, interval):
+    """500 images, saved by the server, against 500 of other noise that the lab samples, of the same classes."""
+    from guidance_interval import GuidanceInterval
+    from guidance_interval.lab import data, model, sampling, scores
+
+    lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
+    setting = sampling.Setting("", weight, interval and GuidanceInterval(*interval))
+    drawn = sampling.sample(lab, setting, 500, "euler", steps=8, seed=1)
+    counts = drawn.labels.bincount().tolist()
+
+    prompt = {
+        "model": {"class_type": "GuidanceIntervalDemoModel", "inputs": {"batch_size": 1}},
+        "none": {"class_type": "GuidanceIntervalDemoPrompt", "inputs": {"subgroup": "none"}},
+    }
+    source = ["model", 0]
+    if interval:  # The nodes count noise relative to the image, whose standard deviation is 0.5 on the lab's scale.
+        bounds = {"sigma_lo": interval[0] / 0.5, "sigma_hi": interval[1] / 0.5}
+        prompt["limited"] = {"class_type": "GuidanceInterval", "inputs": {"model": source, **bounds}}
+        source = ["limited", 0]
+    fixed = {"cfg": weight, "steps": 8, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0}
+    classes = [(label, count) for label, count in enumerate(counts) if count]
+    for label, count in classes:
+        size, text, sample, image, save = (f"{kind}-{label}" for kind in ("size", "text", "sample", "image", "save"))
+        linked = {"model": source, "positive": [text, 0], "negative": ["none", 0], "latent_image": [size, 2]}
+        subgroup = lab.config["classes"][label]
+        prompt |= {
+            size: {"class_type": "GuidanceIntervalDemoModel", "inputs": {"batch_size": count}},
+            text: {"class_type": "GuidanceIntervalDemoPrompt", "inputs": {"subgroup": subgroup}},
+            sample: {"class_type": "KSampler", "inputs": {"seed": 1000 + label, **fixed, **linked}},
+            image: {"class_type": "VAEDecode", "inputs": {"samples": [sample, 0], "vae": ["model", 1]}},
+            save: {"class_type": "PreviewImage", "inputs": {"images": [image, 0]}},
+        }
+    outputs = server.run(prompt)
+    images, labels = [], []
+    for label, count in classes:
+        files = outputs[f"save-{label}"]["images"]
+        assert len(files) == count
+        images += [server.read(file)[0][::8, ::8] for file in files]
+        labels += [label] * count
+    x = torch.from_numpy(np.stack(images)).movedim(-1, 1)
+    x = data.to_model(x, lab.config["pixel_mean"], lab.config["pixel_std"])
+    served = scores.score_samples(lab, x, torch.tensor(labels))
+    # As the server saves them: pixels that were clipped and rounded.
+    mean, std = lab.config["pixel_mean"], lab.config["pixel_std"]
+    pixels = ((drawn.x * (std / data.SIGMA_DATA) + mean) * 255).round().clamp(0, 255)
+    of_lab = scores.score_samples(lab, data.to_model(pixels, mean, std), drawn.labels)
+    assert served.fd_low <= of_lab.fd <= served.fd_high, (served, of_lab)
+    assert of_lab.fd_low <= served.fd <= of_lab.fd_high, (served, of_lab)
+    p = (served.accuracy + of_lab.accuracy) / 2
+    assert abs(served.accuracy - of_lab.accuracy) < 1.96 * (2 * p * (1 - p) / 500) ** 0.5, (served, of_lab)
