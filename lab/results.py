@@ -23,6 +23,7 @@ from ..measure import metrics
 from ..noise_level import steps_to_interval
 from ..sampler_patch import GuidanceInterval
 from . import data, demo, model, plots, sweep, workers
+from .compare import ratio
 from .sampling import Setting, karras_sigmas, sample
 from .scores import class_spread, score_samples
 from .sweep import Cell, Job
@@ -32,6 +33,7 @@ INTERVAL = GuidanceInterval(0.1, 2.5)
 SAMPLER, STEPS = "dpmpp_2m", 16
 MODELS = ("optdigits", "clips")  # As `sweep.load_lab` knows them.
 SEEDS = {0: None, 1: "digits-seed1", 2: "digits-seed2"}
+EMOJI = {0: "emoji", 1: "emoji-seed1", 2: "emoji-seed2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Scale:
     sigma_los: tuple = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
     sigma_his: tuple = (0.5, 1.0, 1.5, 2.5, 4.0, 8.0, math.inf)
     other_his: tuple = (1.0, 4.0, 6.5)
+    emoji_cfg: tuple = (1.25, 1.375, 1.5, 1.75)
+    emoji_his: tuple = (3.5, 5.5)
+    emoji_weights: tuple = (2.0, 2.5, 3.0)
 
 
 FULL = Scale(samples=2500)
@@ -61,6 +66,9 @@ QUICK = Scale(
     sigma_los=(0.0, 0.25),
     sigma_his=(1.0, 2.5, math.inf),
     other_his=(4.0,),
+    emoji_cfg=(1.5,),
+    emoji_his=(3.5,),
+    emoji_weights=(2.5,),
 )
 
 # ----------------------------------------------------------------------------
@@ -103,6 +111,19 @@ def main_job(scale, source=None, sampler=SAMPLER, steps=STEPS):
     return Job(scale.samples, sampler, steps, 0, source)
 
 
+def emoji_jobs(scale):
+    """`{label: Job}`: each sampler with each step count on the first training, and the others with MAIN's."""
+    named = {f"{s}, {n} steps": main_job(scale, EMOJI[0], s, n) for s in scale.samplers for n in scale.steps}
+    named |= {f"training seed {seed}": main_job(scale, name) for seed, name in EMOJI.items() if seed}
+    return named
+
+
+def emoji_cells(scale):
+    """`(CFG everywhere, in intervals)`: the cells of which each side has the best one compared."""
+    intervals = [GuidanceInterval(0.1, hi) for hi in scale.emoji_his]
+    return everywhere(scale.emoji_cfg)[1:], [c for i in intervals for c in within(scale.emoji_weights, i)[1:]]
+
+
 def wanted(scale):
     """`{figure: {job: [Cell]}}`: what each figure shows, without regard to what another one shows too."""
     main = main_job(scale)
@@ -110,7 +131,9 @@ def wanted(scale):
     curves = flat(two_curves(scale))
     frontier = {main_job(scale, None, sampler, steps): curves for sampler in scale.samplers for steps in scale.steps}
     others = [c for hi in scale.other_his for c in within(scale.interval_weights, GuidanceInterval(0.1, hi))]
+    headline = [NONE, *itertools.chain(*emoji_cells(scale))]
     return {
+        "headline": dict.fromkeys(emoji_jobs(scale).values(), headline),
         "parts": {main: flat(parts(scale.part_weights))},
         "heatmap": {main: sweep.grid(scale.sigma_los, scale.sigma_his, scale.heat_weights)},
         "frontier": frontier,
@@ -195,6 +218,46 @@ EXPLAINED = (
 
 # ----------------------------------------------------------------------------
 # Figures. Each takes the scale, `{job: {Cell: Result}}` and a folder, writes its pictures and returns its text.
+
+
+def draw_headline(scale, results, out):
+    body, shown, failing = [], [], []
+    everywhere_cells, interval_cells = emoji_cells(scale)
+    for label, job in emoji_jobs(scale).items():
+        r = results[job]
+        cfg, limited = (min(cells, key=lambda c: r[c].scores.fd) for cells in (everywhere_cells, interval_cells))
+        ratios = [ratio(r[limited].judged, r[cfg].judged, judge) for judge in ("fd", "class_fd")]
+        to_none = ratio(r[limited].judged, r[NONE].judged)
+        a, b = r[cfg].scores, r[limited].scores
+        verdicts = {x.below for x in ratios}
+        verdict = "yes" if verdicts == {"yes"} else "no" if "no" in verdicts else "unclear"
+        if verdict != "yes" or b.accuracy < a.accuracy:
+            failing.append(f"{label} ({verdict})")
+        body.append([
+            label, f"w = {cfg.weight:g}: {1000 * a.fd:.1f}, {a.accuracy:.1%}",
+            f"w = {limited.weight:g} in {limited.interval}: {1000 * b.fd:.1f}, {b.accuracy:.1%}",
+            *map(str, ratios), str(to_none), f"{r[cfg].rows:.0f} → {r[limited].rows:.0f}", verdict,
+        ])  # fmt: skip
+        curves = {"CFG everywhere": points(r, [NONE, *everywhere_cells])}
+        for hi in scale.emoji_his:
+            curves[str(GuidanceInterval(0.1, hi))] = points(r, [NONE, *(c for c in interval_cells if c.sigma_hi == hi)])
+        shown.append((label, curves, "accuracy"))
+    plots.panels(out / "headline.png", shown, 3)
+    head = ["", "CFG at its best weight", "interval at its best", "by the ruler", "by the classifier", "against none"]
+    verdict = (
+        f"The interval's best is below CFG's best by both judges, at no less accuracy, in {len(body) - len(failing)} "
+    )
+    verdict += f"of {len(body)} cases." + (f" Not so, or unclear: {'; '.join(failing)}." if failing else "")
+    return (
+        "## The headline: a lower distance than CFG at any weight, and than none\n\n"
+        "![Distance against accuracy on emoji, for each sampler and step count](results/headline.png)\n\n"
+        f"{verdict}\n\nColour emoji; 1000 FD by the ruler, a network that never saw the classes, and accuracy by the "
+        "classifier. Each side shows the weight, and the interval, of its lowest distance by the ruler. The changes are "
+        "of the interval against CFG by each judge, and against no guidance by the ruler, with 95 % intervals paired by "
+        "seed; *lower* is yes when both judges' intervals lie below zero. Each side's best is chosen on the samples that "
+        "are shown: of two sides with as many candidates neither gains much by it, and the interval has "
+        f"{len(interval_cells)} to CFG's {len(everywhere_cells)}.\n\n{aligned([*head, 'rows', 'lower'], body)}"
+    )
 
 
 def draw_parts(scale, results, out):
@@ -420,6 +483,7 @@ def strength(lab, drawn):
 
 
 FIGURES = {
+    "headline": draw_headline,
     "parts": draw_parts,
     "heatmap": draw_heatmap,
     "frontier": draw_frontier,
