@@ -245,18 +245,21 @@ def draw_headline(scale, results, out):
     plots.panels(out / "headline.png", shown, 3)
     head = ["", "CFG at its best weight", "interval at its best", "by the ruler", "by the classifier", "against none"]
     verdict = (
-        f"The interval's best is below CFG's best by both judges, at no less accuracy, in {len(body) - len(failing)} "
+        f"The interval's best is below CFG's best by both judges, at no less accuracy, in {len(body) - len(failing)} of "
+        f"{len(body)} cases."
     )
-    verdict += f"of {len(body)} cases." + (f" Not so, or unclear: {'; '.join(failing)}." if failing else "")
+    if failing:
+        verdict += f" Not so, or unclear: {'; '.join(failing)}."
     return (
         "## The headline: a lower distance than CFG at any weight, and than none\n\n"
         "![Distance against accuracy on emoji, for each sampler and step count](results/headline.png)\n\n"
-        f"{verdict}\n\nColour emoji; 1000 FD by the ruler, a network that never saw the classes, and accuracy by the "
-        "classifier. Each side shows the weight, and the interval, of its lowest distance by the ruler. The changes are "
-        "of the interval against CFG by each judge, and against no guidance by the ruler, with 95 % intervals paired by "
-        "seed; *lower* is yes when both judges' intervals lie below zero. Each side's best is chosen on the samples that "
-        "are shown: of two sides with as many candidates neither gains much by it, and the interval has "
-        f"{len(interval_cells)} to CFG's {len(everywhere_cells)}.\n\n{aligned([*head, 'rows', 'lower'], body)}"
+        f"{verdict}\n\n"
+        "Colour emoji. 1000 FD is by the ruler, a network that never saw the classes; the accuracy is the classifier's. "
+        "Each side shows the weight, and the interval, of its lowest distance by the ruler. The changes are those from "
+        "CFG to the interval by each judge, and from no guidance to the interval by the ruler, with 95 % intervals "
+        "paired by seed. *Lower* is yes when those of both judges lie below zero. Each side's best is chosen on the "
+        f"samples that are shown, of {len(everywhere_cells)} weights for CFG and {len(interval_cells)} settings for "
+        f"the interval, which flatters both a little.\n\n{aligned([*head, 'rows', 'lower'], body)}"
     )
 
 
