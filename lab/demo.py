@@ -23,8 +23,8 @@ SHARE = 5  # Settings beside the two that compete sample this part of the images
 class Defaults:
     """What the demo does with a model unless told otherwise.
 
-    interval, weight and cfg_weight have the lowest distance, whatever the accuracy, on other seeds than those shown
-    (docs/design.md). strong: a weight as people use it. shown: the classes in grid.png.
+    How interval, weight and cfg_weight were chosen: docs/design.md. strong: a weight as people use it. shown: the
+    classes in grid.png.
     """
 
     steps: int

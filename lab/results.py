@@ -221,7 +221,7 @@ EXPLAINED = (
 
 
 def draw_headline(scale, results, out):
-    body, shown, failing = [], [], []
+    body, shown, failing, open_ended = [], [], [], []
     everywhere_cells, interval_cells = emoji_cells(scale)
     for label, job in emoji_jobs(scale).items():
         r = results[job]
@@ -233,6 +233,8 @@ def draw_headline(scale, results, out):
         verdict = "yes" if verdicts == {"yes"} else "no" if "no" in verdicts else "unclear"
         if verdict != "yes" or b.accuracy < a.accuracy:
             failing.append(f"{label} ({verdict})")
+        if cfg.weight == scale.emoji_cfg[-1] or limited.weight == scale.emoji_weights[-1]:
+            open_ended.append(label)
         body.append([
             label, f"w = {cfg.weight:g}: {1000 * a.fd:.1f}, {a.accuracy:.1%}",
             f"w = {limited.weight:g} in {limited.interval}: {1000 * b.fd:.1f}, {b.accuracy:.1%}",
@@ -240,22 +242,28 @@ def draw_headline(scale, results, out):
         ])  # fmt: skip
         curves = {"CFG everywhere": points(r, [NONE, *everywhere_cells])}
         for hi in scale.emoji_his:
-            curves[str(GuidanceInterval(0.1, hi))] = points(r, [NONE, *(c for c in interval_cells if c.sigma_hi == hi)])
+            some = [c for c in interval_cells if c.sigma_hi == hi]
+            curves[str(GuidanceInterval(0.1, hi))] = points(r, [NONE, *some])
         shown.append((label, curves, "accuracy"))
     plots.panels(out / "headline.png", shown, 3)
     head = ["", "CFG at its best weight", "interval at its best", "by the ruler", "by the classifier", "against none"]
     verdict = (
-        f"The interval's best is below CFG's best by both judges, at no less accuracy, in {len(body) - len(failing)} of "
-        f"{len(body)} cases."
+        f"The interval's best is below CFG's best by both judges, at no less accuracy, in {len(body) - len(failing)} "
+        f"of {len(body)} cases."
     )
     if failing:
         verdict += f" Not so, or unclear: {'; '.join(failing)}."
+    if open_ended:
+        verdict += (
+            f"\n\nWhere one side's best is the highest weight that was tried ({scale.emoji_cfg[-1]:g} for CFG, "
+            f"{scale.emoji_weights[-1]:g} for the interval), its true best may lie beyond: {'; '.join(open_ended)}."
+        )
     return (
-        "## The headline: a lower distance than CFG at any weight, and than none\n\n"
+        "## The headline: the interval at its best against CFG at its best\n\n"
         "![Distance against accuracy on emoji, for each sampler and step count](results/headline.png)\n\n"
         f"{verdict}\n\n"
-        "Colour emoji. 1000 FD is by the ruler, a network that never saw the classes; the accuracy is the classifier's. "
-        "Each side shows the weight, and the interval, of its lowest distance by the ruler. The changes are those from "
+        "Colour emoji. 1000 FD is by the ruler, a network that never saw the classes; the accuracy is the "
+        "classifier's. Each side shows the weight, and the interval, of its lowest distance by the ruler. The changes are those from "
         "CFG to the interval by each judge, and from no guidance to the interval by the ruler, with 95 % intervals "
         "paired by seed. *Lower* is yes when those of both judges lie below zero. Each side's best is chosen on the "
         f"samples that are shown, of {len(everywhere_cells)} weights for CFG and {len(interval_cells)} settings for "

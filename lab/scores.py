@@ -51,21 +51,16 @@ def judge_samples(lab, x, labels):
     if (ruler := getattr(lab, "ruler", None)) is not None:
         measured = torch.cat([ruler(part) for part in x.split(500)])
         judges = [(measured, real["mean"], real["cov"]), (features, real["class_mean"], real["class_cov"])]
-    values, moved = zip(
-        *(frechet_distance(f.double(), *gaussian, influence=True) for f, *gaussian in judges), strict=True
-    )
-    bounds = [influence_interval(v, m, strata(lab, labels)) for v, m in zip(values, moved, strict=True)]
+    distances, influence = [], torch.zeros(3, len(x))
+    for row, (f, mean, cov) in enumerate(judges):
+        value, influence_of_fd = frechet_distance(f.double(), mean, cov, influence=True)
+        distances.append((value.item(), *influence_interval(value, influence_of_fd, strata(lab, labels))))
+        influence[row] = influence_of_fd.cpu()
     right, spread = (logits.argmax(1) == labels).double(), real["spread"].double()
-    (fd, *second), (ends, *second_ends) = [v.item() for v in values], bounds
-    scores = Scores(
-        fd,
-        *ends,
-        accuracy=right.mean().item(),
-        variety=(class_spread(judges[0][0].double(), labels, len(spread)) / spread).nanmean().item(),
-        **dict(zip(("class_fd", "class_fd_low", "class_fd_high"), (*second, *sum(second_ends, ())), strict=False)),
-    )
-    moved = [*moved, torch.zeros_like(moved[0])][:2]
-    return scores, torch.stack([*moved, right - right.mean()]).float().cpu()
+    influence[2] = (right - right.mean()).cpu()
+    accuracy = right.mean().item()
+    variety = (class_spread(judges[0][0].double(), labels, len(spread)) / spread).nanmean().item()
+    return Scores(*distances[0], accuracy, variety, *sum(distances[1:], ())), influence
 
 
 def strata(lab, labels):

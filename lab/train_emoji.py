@@ -117,14 +117,15 @@ def reference(ruler, classifier, x, labels, may, num_features=3000):
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(len(x), generator=generator)[:num_features].to(x.device)
     flipped = (torch.rand(len(some), generator=generator) < 0.5).to(x.device)
-    drawn = torch.where(flipped[:, None, None, None], other[some], x[some])
     found = dict(labels=spread_evenly(labels.cpu()).short())
     for prefix, network in (("", ruler), ("class_", classifier)):
-        features = features_of(network, torch.cat([x, other])).double()
-        found |= {f"{prefix}mean": features.mean(0).float(), f"{prefix}cov": features.T.cov().float()}
-        found[f"{prefix}features"] = features_of(network, drawn).half()
-    different = torch.cat([features_of(ruler, x), features_of(ruler, x[may].flip(-1))]).double()
-    found["spread"] = class_spread(different, torch.cat([labels, labels[may]]), int(labels.max()) + 1).float()
+        once, again = (features_of(network, part).double() for part in (x, other))
+        both = torch.cat([once, again])
+        found |= {f"{prefix}mean": both.mean(0).float(), f"{prefix}cov": both.T.cov().float()}
+        found[f"{prefix}features"] = torch.where(flipped[:, None], again[some], once[some]).half()
+        if network is ruler:  # Over different images alone.
+            once, both_labels = torch.cat([once, again[may]]), torch.cat([labels, labels[may]])
+            found["spread"] = class_spread(once, both_labels, int(labels.max()) + 1).float()
     return found
 
 
