@@ -208,6 +208,8 @@ def panels(path, shown, columns):
         ax.set_title(title, fontsize=10, color=INK)
     for ax in axes[:, 0]:
         ax.set_ylabel("← 1000 FD")
+    for ax in axes.flat[len(shown) :]:
+        ax.set_axis_off()
     axes[0, 0].legend(frameon=False, fontsize=8)
     _write(fig, path)
 

@@ -220,8 +220,21 @@ EXPLAINED = (
 # Figures. Each takes the scale, `{job: {Cell: Result}}` and a folder, writes its pictures and returns its text.
 
 
+def headline_verdict(open_ended, ratios, more_accuracy):
+    """Is the interval's best below CFG's best: "yes" or "no" by both judges, "unclear", or "open".
+
+    open_ended: whether CFG's best weight is the highest that was tried, beyond which its true best may lie.
+    """
+    found = {r.below for r in ratios}
+    if open_ended:
+        return "open"
+    if "no" in found:
+        return "no"
+    return "yes" if found == {"yes"} and more_accuracy >= 0 else "unclear"
+
+
 def draw_headline(scale, results, out):
-    body, shown, failing, open_ended = [], [], [], []
+    body, shown, verdicts = [], [], {}
     everywhere_cells, interval_cells = emoji_cells(scale)
     for label, job in emoji_jobs(scale).items():
         r = results[job]
@@ -229,12 +242,8 @@ def draw_headline(scale, results, out):
         ratios = [ratio(r[limited].judged, r[cfg].judged, judge) for judge in ("fd", "class_fd")]
         to_none = ratio(r[limited].judged, r[NONE].judged)
         a, b = r[cfg].scores, r[limited].scores
-        verdicts = {x.below for x in ratios}
-        verdict = "yes" if verdicts == {"yes"} else "no" if "no" in verdicts else "unclear"
-        if verdict != "yes" or b.accuracy < a.accuracy:
-            failing.append(f"{label} ({verdict})")
-        if cfg.weight == scale.emoji_cfg[-1] or limited.weight == scale.emoji_weights[-1]:
-            open_ended.append(label)
+        verdict = headline_verdict(cfg.weight == scale.emoji_cfg[-1], ratios, b.accuracy - a.accuracy)
+        verdicts.setdefault(verdict, []).append(label)
         body.append([
             label, f"w = {cfg.weight:g}: {1000 * a.fd:.1f}, {a.accuracy:.1%}",
             f"w = {limited.weight:g} in {limited.interval}: {1000 * b.fd:.1f}, {b.accuracy:.1%}",
@@ -247,27 +256,31 @@ def draw_headline(scale, results, out):
         shown.append((label, curves, "accuracy"))
     plots.panels(out / "headline.png", shown, 3)
     head = ["", "CFG at its best weight", "interval at its best", "by the ruler", "by the classifier", "against none"]
-    verdict = (
-        f"The interval's best is below CFG's best by both judges, at no less accuracy, in {len(body) - len(failing)} "
-        f"of {len(body)} cases."
+    yes, known = len(verdicts.get("yes", [])), len(body) - len(verdicts.get("open", []))
+    told = (
+        f"The interval's best is below CFG's best by both judges, at no less accuracy, in {yes} of the {known} cases "
+        "in which CFG's best weight is known."
     )
-    if failing:
-        verdict += f" Not so, or unclear: {'; '.join(failing)}."
-    if open_ended:
-        verdict += (
-            f"\n\nWhere one side's best is the highest weight that was tried ({scale.emoji_cfg[-1]:g} for CFG, "
-            f"{scale.emoji_weights[-1]:g} for the interval), its true best may lie beyond: {'; '.join(open_ended)}."
-        )
+    for verdict, meaning in (
+        ("no", "It is not"),
+        ("unclear", "It is unclear"),
+        (
+            "open",
+            f"CFG's distance still falls at {scale.emoji_cfg[-1]:g}, its highest weight here, so nothing follows,",
+        ),
+    ):
+        if verdict in verdicts:
+            told += f" {meaning} for {'; '.join(verdicts[verdict])}."
     return (
         "## The headline: the interval at its best against CFG at its best\n\n"
         "![Distance against accuracy on emoji, for each sampler and step count](results/headline.png)\n\n"
-        f"{verdict}\n\n"
+        f"{told}\n\n"
         "Colour emoji. 1000 FD is by the ruler, a network that never saw the classes; the accuracy is the "
-        "classifier's. Each side shows the weight, and the interval, of its lowest distance by the ruler. The changes are those from "
-        "CFG to the interval by each judge, and from no guidance to the interval by the ruler, with 95 % intervals "
-        "paired by seed. *Lower* is yes when those of both judges lie below zero. Each side's best is chosen on the "
-        f"samples that are shown, of {len(everywhere_cells)} weights for CFG and {len(interval_cells)} settings for "
-        f"the interval, which flatters both a little.\n\n{aligned([*head, 'rows', 'lower'], body)}"
+        "classifier's. Each side shows the weight, and the interval, of its lowest distance by the ruler. The changes "
+        "are those from CFG to the interval by each judge, and from no guidance to the interval by the ruler, with "
+        "95 % intervals paired by seed. *Lower* is yes when those of both judges lie below zero. Each side's best is "
+        f"chosen on the samples that are shown, of {len(everywhere_cells)} weights for CFG and {len(interval_cells)} "
+        f"settings for the interval, which flatters both a little.\n\n{aligned([*head, 'rows', 'lower'], body)}"
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from guidance_interval import cli
 from guidance_interval.lab import results, sampling, sweep
+from guidance_interval.lab.compare import Ratio
 from guidance_interval.lab.scores import Scores
 from PIL import Image
 
@@ -21,7 +22,7 @@ def quick(tmp_path_factory):
 def test_the_page_shows_every_figure_with_its_command(quick):
     text = (quick / "results.md").read_text()
     pictures = re.findall(r"\]\((results/\w+\.png)\)", text)
-    assert len(pictures) == 9 and {p.name for p in (quick / "results").iterdir()} == {p[8:] for p in pictures}
+    assert len(pictures) == 10 and {p.name for p in (quick / "results").iterdir()} == {p[8:] for p in pictures}
     for name in pictures:
         with Image.open(quick / name) as image:
             assert image.width > 600 and len(image.convert("L").getcolors()) > 20
@@ -95,3 +96,12 @@ def test_a_comparison_tells_where_the_interval_loses():
     won, lost = results.compare(cfg, better), results.compare(cfg, crossing)
     assert won.dominates and won.worst < 1 and won.best == (0.99, 0.98)
     assert not lost.dominates and lost.at == 0.95 and lost.worst == pytest.approx(1.5)
+
+
+def test_the_headline_claims_nothing_that_was_not_measured():
+    lower, higher, unclear = (Ratio(v, v - 0.1, v + 0.1) for v in (0.7, 1.3, 1.0))
+    verdict = results.headline_verdict
+    assert verdict(False, [lower, lower], 0.0) == "yes"
+    assert verdict(False, [lower, lower], -0.01) == verdict(False, [lower, unclear], 0.1) == "unclear"
+    assert verdict(False, [lower, higher], 0.1) == "no"
+    assert verdict(True, [lower, lower], 0.1) == "open"  # CFG at a higher weight may be better still.
