@@ -80,7 +80,7 @@ def run(out, samples, sampler, seed, device, name="emoji", steps=None, weight=No
         for given, mine in ((weight, own.weight), (cfg_weight, own.cfg_weight), (steps, own.steps))
     )
     check_weight(weight)
-    check_weight(cfg_weight)
+    check_weight(cfg_weight, "cfg_weight")
     get_sampler(sampler)
     out = output_folder(out)
     with sole_use(out):

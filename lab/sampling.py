@@ -44,10 +44,10 @@ class Samples:
         return Samples(self.x[:num], self.labels[:num], self.rows, share)
 
 
-def check_weight(weight):
-    """Raise UserError unless `weight` guides."""
+def check_weight(weight, name="weight"):
+    """Raise UserError, with the name of the input, unless `weight` guides."""
     if not 1 < weight <= MAX_WEIGHT:
-        raise UserError(f"weight must be a number above 1 (1 is no guidance) and at most {MAX_WEIGHT}, got {weight!r}")
+        raise UserError(f"{name} must be a number above 1 (1 is no guidance) and at most {MAX_WEIGHT}, got {weight!r}")
 
 
 def check_seed(seed):

@@ -109,7 +109,9 @@ TABLE = {
         "--sampler": SAMPLER,
         "--device": DEVICE,
         "--weight": WEIGHT,
-        "--sigma-lo": SIGMA_LO | {"2.5": "sigma_lo must be below sigma_hi, got sigma_lo=2.5 and sigma_hi=2.5; swap"},
+        "--cfg-weight": WEIGHT,
+        "--model": {"emojis": "invalid choice: 'emojis'", "": "invalid choice: ''"},
+        "--sigma-lo": SIGMA_LO | {"3.5": "sigma_lo must be below sigma_hi, got sigma_lo=3.5 and sigma_hi=3.5; swap"},
         "--sigma-hi": SIGMA_HI | {"0": "sigma_lo must be below sigma_hi", "0.1": "sigma_lo must be below sigma_hi"},
     },
     "sweep": {
@@ -577,5 +579,5 @@ def test_the_demo_s_report_is_json_for_any_reader_and_any_bound(capsys, tmp_path
 
 
 def test_only_the_images_that_are_shown_are_kept(lab):
-    _, drawn, _ = demo._scored(lab, demo.Setting("", 1.0), demo.real_digits(lab, 60, 0))
+    drawn = demo.real_images(lab, 60, 0).drawn
     assert len(drawn.x) == plots.COLUMNS and drawn.x.untyped_storage().nbytes() == drawn.x.numel() * 4

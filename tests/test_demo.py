@@ -130,7 +130,7 @@ def test_each_judge_speaks(lab):
         (["--weight", "1"], "weight must be a number above 1 (1 is no guidance) and at most 1000, got 1.0"),
         (["--weight", "inf"], "weight must be a number above 1"),
         (["--weight", "0"], "weight must be a number above 1"),
-        (["--cfg-weight", "0.5"], "weight must be a number above 1"),
+        (["--cfg-weight", "0.5"], "cfg_weight must be a number above 1"),
         (["--sampler", "eular"], "unknown sampler 'eular'; k-diffusion has"),
     ],
 )
