@@ -46,23 +46,65 @@ def ratio(a, b, judge="fd", labels=None):
     return _ratio(_log(a, judge), _log(b, judge), labels)
 
 
+@dataclass(frozen=True)
+class Against:
+    """A curve over another at equal accuracy. average: the geometric mean `Ratio`; at: [(weight, `Ratio`)] of each."""
+
+    average: Ratio
+    at: list
+
+    @property
+    def highest(self):
+        return max(self.at, key=lambda found: found[1].value)
+
+    @property
+    def dominates(self):
+        """ "yes" when the average lies below 1 and no weight above it, "no" when one does, else "unclear"."""
+        if any(r.below == "no" for _, r in self.at):
+            return "no"
+        return "yes" if self.average.below == "yes" else "unclear"
+
+
 def ratio_at_equal_accuracy(limited, curve, judge="fd", labels=None):
     """The `Ratio` of the distance of `limited` over the lowest of a curve with the same accuracy; None if it has none.
 
-    curve: [(Scores, influence)] of the same seeds, by weight. Between two weights accuracy is taken as linear and the
-    distance as exponential; the uncertainty of the accuracies is part of the interval.
+    curve: [(Scores, influence)] of the same seeds, by weight. Between two weights, whose accuracies must differ
+    clearly, accuracy is taken as linear and the distance as exponential; the uncertainty of the accuracies is part of
+    the interval.
     """
+    found = _at_equal_accuracy(limited, curve, judge)
+    return found and _ratio(_log(limited, judge), found, labels)
+
+
+def against(limited, curve, judge="fd", labels=None):
+    """`Against` of the weights of `limited`, {weight: (Scores, influence)}, with an accuracy that `curve` has too.
+
+    None when there is none. The average is over these weights.
+    """
+    pairs = {w: (_log(judged, judge), _at_equal_accuracy(judged, curve, judge)) for w, judged in limited.items()}
+    pairs = {w: (a, b) for w, (a, b) in pairs.items() if b is not None}
+    if not pairs:
+        return None
+    sides = zip(*pairs.values(), strict=True)
+    means = [(sum(log for log, _ in side) / len(pairs), sum(moved for _, moved in side) / len(pairs)) for side in sides]
+    return Against(_ratio(*means, labels), [(w, _ratio(a, b, labels)) for w, (a, b) in pairs.items()])
+
+
+def _at_equal_accuracy(limited, curve, judge):
+    """`_log` of the lowest distance of the curve with the accuracy of `limited`, as if it were judged; or None."""
     scores, moved = limited
     found = []
     for a, b in itertools.pairwise(curve):
         low, high = a[0].accuracy, b[0].accuracy
-        if low == high or not min(low, high) <= scores.accuracy <= max(low, high):
+        differing = (b[1][ACCURACY] - a[1][ACCURACY]).double()
+        error = differing.std(correction=0).item() / math.sqrt(max(1, len(differing)))
+        if abs(high - low) <= 2 * error or not min(low, high) <= scores.accuracy <= max(low, high):
             continue
         t = (scores.accuracy - low) / (high - low)
         (log_a, moved_a), (log_b, moved_b) = _log(a, judge), _log(b, judge)
         step = (moved[ACCURACY] - (1 - t) * a[1][ACCURACY] - t * b[1][ACCURACY]).double() / (high - low)
         found.append(((1 - t) * log_a + t * log_b, (1 - t) * moved_a + t * moved_b + (log_b - log_a) * step))
-    return _ratio(_log(limited, judge), min(found, key=lambda f: f[0]), labels) if found else None
+    return min(found, key=lambda f: f[0]) if found else None
 
 
 def _log(judged, judge):

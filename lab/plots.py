@@ -214,21 +214,18 @@ def panels(path, shown, columns):
     _write(fig, path)
 
 
-def cost(path, found, target):
-    """Distance at one accuracy against rows; an arrow leads from CFG everywhere to the interval.
+def cost(path, found):
+    """Distance against rows; an arrow leads from CFG everywhere to the interval.
 
-    found: [(sampler, steps, (rows, 1000 FD) of CFG, the same of the interval)]; an infinite distance is left out.
+    found: [(sampler, (rows, 1000 FD) of CFG, the same of the interval)].
     """
     fig, ax = plt.subplots(figsize=(8.6, 5.2))
     samplers = list(dict.fromkeys(sampler for sampler, *_ in found))
-    for sampler, _, cfg, limited in found:
+    for sampler, cfg, limited in found:
         colour = COLOURS[samplers.index(sampler)]
-        if np.isfinite(cfg[1]):
-            ax.scatter(*cfg, s=34, facecolors="white", edgecolors=colour, zorder=2)
-        if np.isfinite(limited[1]):
-            ax.scatter(*limited, s=34, color=colour, zorder=3)
-        if np.isfinite([cfg[1], limited[1]]).all():
-            ax.annotate("", limited, cfg, arrowprops=dict(arrowstyle="->", color=colour, lw=1, shrinkA=4, shrinkB=4))
+        ax.scatter(*cfg, s=34, facecolors="white", edgecolors=colour, zorder=2)
+        ax.scatter(*limited, s=34, color=colour, zorder=3)
+        ax.annotate("", limited, cfg, arrowprops=dict(arrowstyle="->", color=colour, lw=1, shrinkA=4, shrinkB=4))
     for sampler, colour in zip(samplers, COLOURS, strict=False):
         ax.plot([], [], "o-", color=colour, label=sampler)
     ax.set_xscale("log")
@@ -239,7 +236,7 @@ def cost(path, found, target):
     ax.tick_params(which="minor", labelsize=7)
     ax.set_xlabel("← cost: network rows per image")
     ax.set_ylabel("← 1000 FD")
-    ax.set_title(f"At an accuracy of {target:.1%}: CFG everywhere (hollow) → interval (filled)", fontsize=10.5)
+    ax.set_title("Each at its best: CFG everywhere (hollow) → interval (filled)", fontsize=10.5)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
@@ -247,21 +244,22 @@ def cost(path, found, target):
     _write(fig, path)
 
 
-def classes(path, bars):
-    """Variety of each class, relative to the real images, as one group of bars per class. bars: `{label: [C]}`."""
-    fig, ax = plt.subplots(figsize=(11, 3.6), layout="constrained")
-    colours = ["#cccccc", *COLOURS]
-    width = 0.8 / len(bars)
-    for i, (label, values) in enumerate(bars.items()):
-        at = np.arange(len(values)) + (i - (len(bars) - 1) / 2) * width
-        ax.bar(at, values, width, color=colours[i % len(colours)], label=label)
-    ax.set_xticks(range(len(values)))
-    ax.set_ylim(0.98 * min(map(min, bars.values())) - 0.05, None)
-    ax.axhline(1, color=INK, lw=0.8, ls=":")
-    ax.set_xlabel("class")
-    ax.set_ylabel("variety, real = 1")
-    ax.legend(frameon=False, fontsize=8, ncols=len(bars), loc="lower center", bbox_to_anchor=(0.5, 1))
-    ax.spines[["top", "right"]].set_visible(False)
+def against_weight(path, shown):
+    """One panel for each quantity: lines over the guidance weight, with their intervals shaded.
+
+    shown: `{quantity: {label: [(weight, value, low, high)]}}`.
+    """
+    fig, axes = plt.subplots(1, len(shown), figsize=(10, 3.8), squeeze=False, layout="constrained")
+    for ax, (quantity, curves) in zip(axes[0], shown.items(), strict=True):
+        for (label, curve), colour in zip(curves.items(), COLOURS, strict=False):
+            weight, value, low, high = zip(*curve, strict=True)
+            ax.plot(weight, value, "o-", ms=4, lw=1.3, color=colour, label=label)
+            ax.fill_between(weight, low, high, color=colour, alpha=0.15, lw=0)
+        ax.set_xlabel("guidance weight")
+        ax.set_title(quantity, fontsize=10.5, color=INK)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False, fontsize=9)
     _write(fig, path)
 
 
