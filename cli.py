@@ -146,7 +146,7 @@ def parser():
         "demo", help="sample the model that ships without guidance, with CFG and with an interval, and compare"
     )
     demo.add_argument("--out", type=path, default="out/demo", help="folder for the pictures and report.json")
-    _sampling_arguments(demo, samples=1500, steps=None)
+    _sampling_arguments(demo, samples=1000, sampler=None, steps=None)
     demo.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     demo.add_argument("--model", choices=("emoji", "digits"), default="emoji", help="which of the models that ship")
     theirs = "(default: the model's best)"
@@ -251,9 +251,9 @@ def parser():
     return p
 
 
-def _sampling_arguments(command, samples, steps=16):
+def _sampling_arguments(command, samples, sampler="dpmpp_2m", steps=16):
     command.add_argument("--samples", type=count(20, MAX_SAMPLES), default=samples, help="images per setting")
-    command.add_argument("--sampler", default="dpmpp_2m", help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
+    command.add_argument("--sampler", default=sampler, help="a sampler of k-diffusion: euler, heun, dpmpp_2m, ...")
     told = "sampling steps" if steps else "sampling steps (default: the model's best)"
     command.add_argument("--steps", type=count(2, MAX_STEPS), default=steps, help=told)
     command.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="the same seed gives the same numbers")

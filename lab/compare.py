@@ -9,6 +9,7 @@ them a ratio lies further from 1.
 
 import itertools
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ class Against:
 
 
 def ratio_at_equal_accuracy(limited, curve, judge="fd", labels=None):
-    """The `Ratio` of the distance of `limited` over the lowest of a curve with the same accuracy; None if it has none.
+    """The `Ratio` of the distance of `limited` over the lowest of a curve with no less accuracy; None if it has none.
 
     curve: [(Scores, influence)] of the same seeds, by weight. Between two weights, whose accuracies must differ
     clearly, accuracy is taken as linear and the distance as exponential; the uncertainty of the accuracies is part of
@@ -79,8 +80,15 @@ def ratio_at_equal_accuracy(limited, curve, judge="fd", labels=None):
 def against(limited, curve, judge="fd", labels=None):
     """`Against` of the weights of `limited`, {weight: (Scores, influence)}, with an accuracy that `curve` has too.
 
-    None when there is none. The average is over these weights.
+    Of weights that another one of `limited` beats in accuracy and distance nobody would choose any: they are left out.
+    None when no weight is left. The average is over these weights.
     """
+    value = lambda judged: (judged[0].accuracy, -getattr(judged[0], judge))  # noqa: E731
+    beaten = lambda judged: any(  # noqa: E731
+        value(other) != value(judged) and all(map(operator.ge, value(other), value(judged)))
+        for other in limited.values()
+    )
+    limited = {w: judged for w, judged in limited.items() if not beaten(judged)}
     pairs = {w: (_log(judged, judge), _at_equal_accuracy(judged, curve, judge)) for w, judged in limited.items()}
     pairs = {w: (a, b) for w, (a, b) in pairs.items() if b is not None}
     if not pairs:
@@ -91,9 +99,9 @@ def against(limited, curve, judge="fd", labels=None):
 
 
 def _at_equal_accuracy(limited, curve, judge):
-    """`_log` of the lowest distance of the curve with the accuracy of `limited`, as if it were judged; or None."""
+    """`_log` of the lowest distance of the curve with the accuracy of `limited` or more; None if it has none."""
     scores, moved = limited
-    found = []
+    found = [_log(judged, judge) for judged in curve if judged[0].accuracy >= scores.accuracy]
     for a, b in itertools.pairwise(curve):
         low, high = a[0].accuracy, b[0].accuracy
         differing = (b[1][ACCURACY] - a[1][ACCURACY]).double()

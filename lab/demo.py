@@ -23,10 +23,11 @@ SHARE = 5  # Settings beside the two that compete sample this part of the images
 class Defaults:
     """What the demo does with a model unless told otherwise.
 
-    How interval, weight and cfg_weight were chosen: docs/design.md. strong: a weight as people use it. shown: the
-    classes in grid.png.
+    How sampler, interval, weight and cfg_weight were chosen: docs/design.md. strong: a weight as people use it. shown:
+    the classes in grid.png.
     """
 
+    sampler: str
     steps: int
     interval: GuidanceInterval
     weight: float
@@ -37,11 +38,11 @@ class Defaults:
 
 DEFAULTS = {
     "emoji": Defaults(
-        12, GuidanceInterval(0.1, 3.5), 2.5, 1.375, 4.0,
-        ("face-smiling", "heart", "animal-mammal", "food-fruit", "food-prepared", "drink", "transport-ground", "time",
-         "sport", "country-flag"),
+        "dpmpp_sde", 8, GuidanceInterval(0.1, 3.5), 3.0, 1.75, 4.0,
+        ("face-concerned", "heart", "person-role", "animal-bird", "plant-other", "food-fruit", "food-asian",
+         "transport-ground", "time", "country-flag"),
     ),
-    "digits": Defaults(16, GuidanceInterval(0.1, 2.5), 2.0, 1.25, 4.0, tuple("0123456789")),
+    "digits": Defaults("dpmpp_2m", 16, GuidanceInterval(0.1, 2.5), 2.0, 1.25, 4.0, tuple("0123456789")),
 }  # fmt: skip
 
 
@@ -59,8 +60,8 @@ class Run:
         return self.scores, self.influence
 
 
-def run(out, samples, sampler, seed, device, name="emoji", steps=None, weight=None, cfg_weight=None, sigma_lo=None,
-        sigma_hi=None):  # fmt: skip
+def run(out, samples, seed, device, name="emoji", sampler=None, steps=None, weight=None, cfg_weight=None,
+        sigma_lo=None, sigma_hi=None):  # fmt: skip
     """Sample every setting, write the pictures and report.json, print the tables and the findings; return the report.
 
     None stands for the model's own `Defaults`. Raises UserError, before anything is sampled, for an unknown model or
@@ -75,9 +76,9 @@ def run(out, samples, sampler, seed, device, name="emoji", steps=None, weight=No
             own.interval.sigma_lo if sigma_lo is None else sigma_lo,
             own.interval.sigma_hi if sigma_hi is None else sigma_hi,
         )
-    weight, cfg_weight, steps = (
-        mine if given is None else given
-        for given, mine in ((weight, own.weight), (cfg_weight, own.cfg_weight), (steps, own.steps))
+    weight, cfg_weight, sampler, steps = (
+        getattr(own, key) if given is None else given
+        for key, given in dict(weight=weight, cfg_weight=cfg_weight, sampler=sampler, steps=steps).items()
     )
     check_weight(weight)
     check_weight(cfg_weight, "cfg_weight")

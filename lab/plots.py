@@ -139,7 +139,7 @@ def schedule(path, sigmas, interval):
 
 
 def heatmaps(path, results):
-    """The distance over sigma_lo and sigma_hi, one panel for each weight. results: `{Cell: Result}` of a sweep."""
+    """The distance over sigma_lo and sigma_hi, one panel for each weight. results: `{Cell: Measured}` of a sweep."""
     cells = [c for c in results if c.weight != 1]
     weights, los, his = (sorted({getattr(c, name) for c in cells}) for name in ("weight", "sigma_lo", "sigma_hi"))
     fds = [1000 * results[c].scores.fd for c in cells]
@@ -201,9 +201,12 @@ def panels(path, shown, columns):
             weight, accuracy, fd, _ = zip(*curve, strict=True)
             ax.plot(weight if x == "weight" else accuracy, fd, "o-", ms=3.5, lw=1.2, color=colour, label=label)
         _adherence_axes(ax)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         if x == "weight":
             ax.xaxis.set_major_formatter("{x:g}")
             ax.set_xlabel("guidance weight")
+        else:
+            ax.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
         ax.set_ylabel("")
         ax.set_title(title, fontsize=10, color=INK)
     for ax in axes[:, 0]:

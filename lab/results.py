@@ -59,7 +59,7 @@ class Scale:
     shown: int = 500
 
 
-FULL = Scale(samples=2500, confirmed=10_000)
+FULL = Scale(samples=2500, confirmed=5000)
 QUICK = Scale(
     samples=60,
     confirmed=120,
@@ -327,33 +327,35 @@ def draw_saturation(scale, results, out, device):
     lab = sweep.load_lab(EMOJI[0], device)
     limited = INTERVALS["emoji"]
     weights = scale.part_weights
-    drawn = {"no guidance": [(1.0, pixel_values(lab, Setting("", 1.0), scale.shown))]}
+    none = pixel_values(lab, Setting("", 1.0), scale.shown)
+    changed = {}
     for name, interval in (("CFG everywhere", None), (f"interval {limited}", limited)):
-        drawn[name] = [(w, pixel_values(lab, Setting("", w, interval), scale.shown)) for w in weights]
-    none = drawn.pop("no guidance")
-    curves = {name: [*none, *found] for name, found in drawn.items()}
+        guided = [(w, pixel_values(lab, Setting("", w, interval), scale.shown)) for w in weights]
+        changed[name] = [(1.0, torch.zeros_like(none)), *((w, values - none) for w, values in guided)]
     shown = {
-        what: {name: [(w, *with_interval(v[:, i])) for w, v in found] for name, found in curves.items()}
+        f"change of {what}, against no guidance": {
+            name: [(w, *with_interval(values[:, i])) for w, values in curve] for name, curve in changed.items()
+        }
         for i, what in enumerate(("saturation", "contrast"))
     }
     plots.against_weight(out / "saturation.png", shown)
-    head = ["saturation, contrast", *(f"w = {w:g}" for w in (1.0, *weights))]
+    head = ["change of saturation, of contrast", *(f"w = {w:g}" for w in weights)]
     body = [
-        [name, *(f"{s:.3f}, {c:.3f}" for s, c in (v.mean(0)[:2].tolist() for _, v in found))]
-        for name, found in curves.items()
+        [name, *("{:+.3f}, {:+.3f}".format(*values.mean(0)[:2]) for _, values in curve[1:])]
+        for name, curve in changed.items()
     ]
     w = weights[-1]
-    burnt = [with_interval((found[-1][1] - none[0][1])[:, 0]) for found in curves.values()]
     told = " and ".join(
-        f"{value:+.3f} [{low:+.3f}, {high:+.3f}] {where}"
-        for (value, low, high), where in zip(burnt, ("everywhere", "in the interval"), strict=True)
+        "{:+.3f} [{:+.3f}, {:+.3f}] {}".format(*with_interval(curve[-1][1][:, 0]), where)
+        for curve, where in zip(changed.values(), ("everywhere", "in the interval"), strict=True)
     )
+    saturation, contrast, _ = none.mean(0).tolist()
     return (
         "## Saturation and contrast against the weight\n\n"
         "![Saturation and contrast by weight, everywhere and in the interval](results/saturation.png)\n\n"
-        f"{scale.shown:,} emoji of the same seeds at each weight: mean saturation of the HSV model, and the standard "
-        "deviation of luma. Without guidance both are those of the model. At "
-        f"w = {w:g} guidance moves the saturation by {told}.\n\n{aligned(head, body)}"
+        f"{scale.shown:,} emoji of the same seeds at each weight: mean saturation of the HSV model, {saturation:.3f} "
+        f"without guidance, and the standard deviation of luma, {contrast:.3f}. At w = {w:g} guidance moves the "
+        f"saturation by {told}.\n\n{aligned(head, body)}"
     )
 
 
@@ -457,10 +459,12 @@ def draw_digits(scale, results, out, device):
         "## Other data: digits, and moving ones\n\n"
         "![Distance against accuracy on the digits, the 8x8 digits and the clips](results/digits.png)\n\n"
         f"Handwritten digits, three trainings judged by one classifier; {sources}. Here the classifier is the only "
-        "judge: mind that it also measures the accuracy. The distance of each weight in the interval over CFG's at the "
-        "same accuracy, paired by seed, as far as CFG's curve has it: on average over these weights, and the highest "
-        "of them. *Dominates* is *yes* when the average lies below zero and no weight above it, *no* when one "
-        f"does, else *unclear*.\n\n{aligned(head, body)}\n\n" + "\n".join(told) + "\n\n"
+        "judge: mind that it also measures the accuracy. The distance in the interval over the lowest of CFG with no "
+        "less accuracy, paired by seed, at each weight that no other one beats in both and as far as CFG's curve goes: "
+        "on average over these weights, and the highest of them. *Dominates* is *yes* when the average lies below zero "
+        f"and no weight above it, *no* when one does, else *unclear*.\n\n{aligned(head, body)}\n\n"
+        + "\n".join(told)
+        + "\n\n"
         "![Six frames of real clips, and of clips sampled in the interval](results/clips.png)"
     )
 
@@ -572,7 +576,8 @@ def run(quick=False, only=None, out=None, page_path=None, devices=None, cluster=
         if cluster:
             device = "a Dask cluster"
         elif devices[0].startswith("cuda"):
-            device = torch.cuda.get_device_name(devices[0])
+            cards = len({*devices})
+            device = (f"{cards} times " if cards > 1 else "") + torch.cuda.get_device_name(devices[0])
         with atomic_path(target) as tmp:
             tmp.write_text(page(scale, sections, results, command, device))
         print(f"wrote {target} and its pictures in {pictures}; {command} took {time.time() - begin:.0f} s")

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +131,9 @@ def sample(lab, setting, num, sampler="dpmpp_2m", steps=16, seed=0, progress=Non
     shape = lab.config.get("image_channels", 1), lab.config["image_size"], lab.config["image_size"]
     labels = class_labels(lab, num).to(device)
     images, begin = [], time.perf_counter()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+        # The SDE samplers ask for the schedule's ends, which torchsde rounds.
+        warnings.filterwarnings("ignore", "Should have t[ab]", UserWarning, "torchsde")
         for start in range(0, num, BATCH):
             class_cond = labels[start : start + BATCH]
             torch.manual_seed(seed * 1_000_003 + start)

@@ -335,6 +335,9 @@ def complete(stores, cells, devices=("cpu",), cluster=None):
     _tell_alike(cells)
     done = total - sum(map(len, alike.values()))
     todo = {(job, same[0]): same for (job, _), same in alike.items()}
+    if len(devices) > 1:  # The longest first, so that no worker is left with one while the others are done.
+        longest = sorted(todo, key=lambda at: at[0].samples * rows_per_sample(*at), reverse=True)
+        todo = {at: todo[at] for at in longest}
     work = sum(job.samples * rows_per_sample(job, cell) for job, cell in todo)
     with tqdm(total=work, unit="row", unit_scale=True, mininterval=0.5) as bar:
 

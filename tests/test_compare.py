@@ -73,6 +73,38 @@ def test_at_equal_accuracy_the_curve_is_interpolated():
     assert compare.ratio_at_equal_accuracy(limited, [low, low]) is None  # The curve never has that accuracy.
 
 
+def cloud(shift, share, generator, noise=None):
+    noise = torch.randn(2000, DIM, generator=generator, dtype=torch.float64) if noise is None else noise
+    return judged(noise + shift, torch.linspace(0, 1, len(noise)) < share)
+
+
+def test_a_curve_below_another_dominates_and_one_weight_above_is_enough_to_lose():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, DIM, generator=generator, dtype=torch.float64)
+    points = lambda *pairs: [cloud(shift, share, generator, noise) for shift, share in pairs]  # noqa: E731
+    cfg = points((0.2, 0.5), (0.4, 0.7), (0.8, 0.9))
+    lower, crossing = points((0.25, 0.6), (0.5, 0.8)), points((0.25, 0.6), (0.9, 0.8))
+    won = compare.against({2.0: lower[0], 3.0: lower[1]}, cfg)
+    assert won.dominates == "yes" and [w for w, _ in won.at] == [2.0, 3.0]
+    ratios = [compare.ratio_at_equal_accuracy(judged, cfg).value for judged in lower]
+    assert won.average.value == pytest.approx(math.prod(ratios) ** 0.5)
+    lost = compare.against({2.0: crossing[0], 3.0: crossing[1]}, cfg)
+    assert lost.dominates == "no" and lost.highest[0] == 3.0
+    assert compare.against({1.0: cfg[1]}, cfg).dominates == "unclear"
+    assert compare.against({4.0: points((0.1, 0.95))[0]}, cfg) is None  # More accuracy than CFG ever has.
+
+
+def test_a_weight_that_another_beats_in_both_is_not_compared_nor_is_a_worse_branch_of_the_curve():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, DIM, generator=generator, dtype=torch.float64)
+    points = lambda *pairs: [cloud(shift, share, generator, noise) for shift, share in pairs]  # noqa: E731
+    cfg = points((0.6, 0.5), (0.3, 0.7), (0.8, 0.9))  # Falling first: nobody would take its first weight.
+    a, b = points((0.3, 0.6), (0.7, 0.6))
+    found = compare.against({2.0: a, 3.0: b}, cfg)
+    assert [w for w, _ in found.at] == [2.0]
+    assert found.average.value == pytest.approx(compare.ratio(a, cfg[1]).value)
+
+
 def test_a_sweep_keeps_what_moves_its_scores(tmp_path):
     moved = torch.randn(3, 20)
     cell = sweep.Cell(2.0, 0.1, 2.5)
