@@ -274,3 +274,23 @@ def strips(path, real, sampled):
         ax.set_title(title, fontsize=10, color=INK)
         ax.set_axis_off()
     _write(fig, path)
+
+
+def neighbours(path, groups):
+    """Samples above their nearest training images, and those above the nearest that were held out.
+
+    groups: two of (samples, training images, held-out images), each float [N, 3, H, W] from 0 to 1: those nearest to a
+    training image, and some from the nearest to the farthest.
+    """
+    fig, axes = plt.subplots(len(groups), 1, figsize=(8, 2.5 * len(groups)), layout="constrained")
+    titles = ("The samples nearest to a training image", "From the nearest to the farthest")
+    for ax, group, title in zip(axes, groups, titles, strict=True):
+        padded = [torch.nn.functional.pad(part, (1, 1, 1, 1), value=1.0) for part in group]
+        ax.imshow(torch.cat([p.permute(2, 0, 3, 1).flatten(1, 2) for p in padded]), interpolation="nearest")
+        size = padded[0].shape[-1]
+        ax.set_yticks([size * (i + 0.5) for i in range(3)], ["samples", "nearest in training", "nearest held out"])
+        ax.tick_params(length=0)
+        ax.set_xticks([])
+        ax.spines[:].set_visible(False)
+        ax.set_title(title, fontsize=10, color=INK)
+    _write(fig, path)

@@ -59,7 +59,7 @@ class Scale:
     shown: int = 500
 
 
-FULL = Scale(samples=2500, confirmed=5000)
+FULL = Scale(samples=2500, confirmed=10_000)
 QUICK = Scale(
     samples=60,
     confirmed=120,
@@ -514,7 +514,7 @@ def not_reproduced(scale, results):
     )
 
 
-def page(scale, sections, results, command, device):
+def page(scale, sections, results, command):
     quick = "--quick " if scale is QUICK else ""
     cells = sum(map(len, results.values()))
     texts = []
@@ -524,8 +524,8 @@ def page(scale, sections, results, command, device):
     return (
         "# Results\n\n"
         f"Written by `{command}`: the numbers and pictures on this page come from that command and from nothing "
-        f"else: {cells} cells of {scale.samples:,} samples each, {scale.confirmed:,} for the headline's table, "
-        f"measured on {device}. [How to read this for a model of your own](guide.md).\n\n"
+        f"else: {cells} cells of {scale.samples:,} samples each, {scale.confirmed:,} for the headline's table. "
+        "[How to read this for a model of your own](guide.md).\n\n"
         f"Unless it says otherwise: the emoji model that ships, {SAMPLER}, {STEPS} steps, Karras schedule from 40 to "
         f"0.01, interval {INTERVALS['emoji']}. *1000 FD* is a thousand times the Fréchet distance to the training "
         "images, by the *ruler*, a network that never saw the classes: lower is better. *Accuracy* is how often a "
@@ -572,14 +572,8 @@ def run(quick=False, only=None, out=None, page_path=None, devices=None, cluster=
         print("\n\n".join(sections.values()))
     else:
         command = "make results" + (' ARGS="--quick"' if quick else "")
-        device = "a CPU"
-        if cluster:
-            device = "a Dask cluster"
-        elif devices[0].startswith("cuda"):
-            cards = len({*devices})
-            device = (f"{cards} times " if cards > 1 else "") + torch.cuda.get_device_name(devices[0])
         with atomic_path(target) as tmp:
-            tmp.write_text(page(scale, sections, results, command, device))
+            tmp.write_text(page(scale, sections, results, command))
         print(f"wrote {target} and its pictures in {pictures}; {command} took {time.time() - begin:.0f} s")
 
 

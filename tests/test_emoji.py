@@ -7,7 +7,8 @@ import pytest
 import torch
 from guidance_interval import GuidanceInterval
 from guidance_interval.errors import UserError
-from guidance_interval.lab import data, emoji, model, networks, sampling, scores, train_emoji
+from guidance_interval.lab import data, emoji, memorization, model, networks, sampling, scores, train_emoji
+from PIL import Image
 
 NAMES = ("emoji", "emoji-seed1", "emoji-seed2")
 
@@ -143,3 +144,24 @@ def test_training_writes_a_file_that_loads(tmp_path, monkeypatch):
     other = model.load(again)
     torch.testing.assert_close(other.reference["mean"], lab.reference["mean"], atol=1e-3, rtol=0)  # The donor's judges.
     assert not torch.equal(other.denoiser.inner_model.conv_in.weight, lab.denoiser.inner_model.conv_in.weight)
+
+
+def test_a_copy_is_found_as_it_is_and_mirrored():
+    generator = torch.Generator().manual_seed(0)
+    others = torch.rand(30, 3, 32, 32, generator=generator)
+    x = torch.stack([others[4], others[7].flip(-1), torch.rand(3, 32, 32, generator=generator)])
+    value, index = memorization.distances(x, others)
+    assert index[:2].tolist() == [4, 7] and value[:2].max() < 1e-3 < 0.1 < value[2]
+    assert memorization.distances(x[:1] + 0.1, others)[0].item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_the_neighbours_are_drawn_and_told(tmp_path):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
+    np.savez(tmp_path / "emoji.npz", images=images, held_out=np.arange(60) % 3 == 0)
+    told = memorization.run(tmp_path / "emoji.npz", tmp_path / "new" / "picture.png", samples=20)
+    assert "Nearest of 40 training images" in told[1] and "For the 20 real drawings" in told[1]
+    with Image.open(tmp_path / "new" / "picture.png") as image:
+        assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+    with pytest.raises(UserError, match="does not exist; draw the emoji with"):
+        memorization.run(tmp_path / "none.npz", tmp_path / "picture.png")
