@@ -119,3 +119,14 @@ def test_the_version_is_one():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^version = "(.*)"$', text, re.M)[1] == guidance_interval.__version__
     assert f"## {guidance_interval.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_place_names_the_same_version():
+    found = {
+        "pyproject.toml": r'^version = "(.+)"',
+        "__init__.py": r'^__version__ = "(.+)"',
+        "CITATION.cff": r"^version: (.+)",
+        "CHANGELOG.md": r"^## (\d.+)",
+    }
+    versions = {name: re.search(form, (ROOT / name).read_text(), re.M)[1] for name, form in found.items()}
+    assert set(versions.values()) == {guidance_interval.__version__}, versions
