@@ -75,7 +75,7 @@ function frontFigure(study, x, y, words) {
       marker: {color: colours.orange, symbol: "star", size: 13},
       error_x: errorBars(chosen.map((s) => confirmed(s, x)), colours.orange),
       error_y: errorBars(chosen.map((s) => confirmed(s, y)), colours.orange)},
-    points(starts, {mode: "text", text: starts.map((t) => words.label(t.label)), textposition: "top center",
+    points(starts, {mode: "text", text: starts.map((t) => `${words.label(t.label)}<br> `), textposition: "top center",
       textfont: {size: 11, color: colours.text}, hoverinfo: "skip", hovertemplate: null, showlegend: false,
       cliponaxis: false}),
   ];

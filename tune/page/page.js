@@ -86,6 +86,8 @@ function settingTitle(setting) {
     ? `${labelText(setting.label)}: ${bounds(setting)}` : settingName(setting)});
 }
 
+/** What was tuned, and where: "txt2img.json (ComfyUI)". */
+const origin = () => (STUDY.source === STUDY.host ? STUDY.source : `${STUDY.source} (${STUDY.host})`);
 const seedOf = (index) => STUDY.image_seeds?.[index] ?? STUDY.seeds[index % STUDY.seeds.length];
 const promptOf = (index) => STUDY.prompts[Math.floor(index / STUDY.seeds.length)];
 
@@ -127,12 +129,13 @@ function say(text) {
   const status = document.getElementById("status");
   status.textContent = text;
   clearTimeout(say.timer);
-  say.timer = setTimeout(() => { status.textContent = ""; }, 8000);
+  say.timer = setTimeout(() => { status.textContent = ""; }, 5000);
 }
 
 /** Show a view from its top, and tell readers of screens by its heading. */
 function show(view) {
   state.view = view;
+  say("");
   render();
   window.scrollTo(0, 0);
   document.querySelector("main h1")?.focus();
@@ -176,7 +179,7 @@ function startView() {
   const [baseline] = STUDY.settings;
   const images = STUDY.prompts.length * STUDY.seeds.length;
   const intro = [heading(t("start.heading", {name: STUDY.name})),
-    h("p", {}, t("start.tuned", {source: STUDY.source, host: STUDY.host, trials: STUDY.trials.length,
+    h("p", {}, t("start.tuned", {origin: origin(), trials: STUDY.trials.length,
       baseline: labelText(baseline.label), images, prompts: STUDY.prompts.length, seeds: STUDY.seeds.length}))];
   if (!RIVALS.length) return [h("section", {class: "first"}, intro, h("p", {}, t("start.none")),
     h("p", {class: "row"}, button("start.report", openReport, {class: "main"})))];
@@ -258,7 +261,7 @@ function voteView() {
     h("p", {class: "small"}, t("vote.question")),
     h("div", {class: EXACT ? "pair" : "pair large"}, sides),
     h("p", {class: "row"},
-      h("button", {type: "button", id: "choose-none", onclick: () => vote(null)}, t("vote.none"), " ", key("↓")),
+      h("button", {type: "button", id: "choose-none", onclick: () => vote(null)}, t("vote.none"), " ", key("0")),
       h("button", {type: "button", id: "undo", disabled: !done, onclick: undo}, t("vote.undo"), " ", key("U"))),
     h("p", {class: "small keys"}, t("vote.keys")),
     h("p", {class: "row"}, button("vote.pause", () => show("start")), exportControl([ballot]),
@@ -316,7 +319,7 @@ document.addEventListener("keydown", (event) => {
   const actions = {
     ArrowLeft: () => vote(pair[0]), a: () => vote(pair[0]), 1: () => vote(pair[0]),
     ArrowRight: () => vote(pair[1]), b: () => vote(pair[1]), 2: () => vote(pair[1]),
-    ArrowDown: () => vote(null), 0: () => vote(null), u: undo, Backspace: undo,
+    0: () => vote(null), u: undo, Backspace: undo,
   };
   const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action) return;
@@ -451,7 +454,7 @@ function reportView() {
 }
 
 const interval = ([, low, high], digits, signed) =>
-  low === null || high === null ? null : h("span", {class: "interval"}, ` [${number(low, digits, signed)}, ${number(high, digits, signed)}]`);
+  low === null || high === null || low === high ? null : h("span", {class: "interval"}, ` [${number(low, digits, signed)}, ${number(high, digits, signed)}]`);
 
 const estimate = (v, digits, signed) => (v ? [number(v[0], digits, signed), interval(v, digits, signed)] : "–");
 
@@ -476,9 +479,9 @@ function boundOf(setting) {
 
 function objectiveText() {
   const {minimize, maximize, bound} = STUDY.objective;
-  const wanted = [...minimize.map((k) => t("objective.least", {metric: metricName(k)})),
-    ...maximize.map((k) => t("objective.most", {metric: metricName(k)}))];
-  return t(bound ? "objective.bound" : "objective.free", bound ? {wanted: list(wanted), metric: metricName(bound.metric),
+  const wanted = [...minimize.map((k) => t("objective.least", {metric: shortName(k)})),
+    ...maximize.map((k) => t("objective.most", {metric: shortName(k)}))];
+  return t(bound ? "objective.bound" : "objective.free", bound ? {wanted: list(wanted), metric: shortName(bound.metric),
     margin: plain(bound.margin)} : {wanted: list(wanted)});
 }
 
@@ -488,8 +491,9 @@ function headline(setting) {
   const by = (kind) => keys.filter((k) => judged(k, setting.confirmed[k]) === kind);
   const better = by("better"), worse = by("worse"), bound = boundOf(setting);
   if (bound === "broken") worse.push(STUDY.objective.bound.metric);
-  const kind = better.length ? (worse.length ? "trade" : "holds") : worse.length ? "fails" : "unclear";
-  return t(`headline.${kind}`, {setting: bounds(setting), better: list(better.map(shortName)), worse: list(worse.map(shortName))});
+  const kind = better.length ? (worse.length ? "trade" : bound === "open" ? "open" : "holds") : worse.length ? "fails" : "unclear";
+  return t(`headline.${kind}`, {setting: bounds(setting), better: list(better.map(shortName)), worse: list(worse.map(shortName)),
+    metric: STUDY.objective.bound && shortName(STUDY.objective.bound.metric)});
 }
 
 function verdictCell(key, confirmed) {
@@ -517,9 +521,9 @@ function summarySection() {
   const [baseline] = STUDY.settings, [best] = RIVALS, images = STUDY.prompts.length * STUDY.seeds.length;
   const tried = STUDY.trials.filter((x) => x.state === "complete").length;
   const head = [heading(best ? headline(best) : t("start.none")),
-    h("p", {}, t("summary.tuned", {source: STUDY.source, host: STUDY.host, tried, objective: objectiveText()}))];
+    h("p", {}, t("summary.tuned", {origin: origin(), tried, objective: objectiveText()}))];
   if (!best) return h("section", {class: "first", id: "summary"}, head);
-  const bound = boundOf(best), metric = STUDY.objective.bound && metricName(STUDY.objective.bound.metric);
+  const bound = boundOf(best), metric = STUDY.objective.bound && shortName(STUDY.objective.bound.metric);
   return h("section", {class: "first", id: "summary"}, head,
     h("p", {}, t(STUDY.fresh_prompts === false ? "summary.confirmedSeeds" : "summary.confirmed", {images,
       prompts: STUDY.prompts.length, seeds: STUDY.seeds.length})),
@@ -563,7 +567,7 @@ function gridSection() {
   const total = STUDY.prompts.length * STUDY.seeds.length, num = STUDY.seeds.length;
   // One seed of every prompt first, so that the first rows show as many prompts as they can.
   const order = [...Array(total).keys()].map((i) => (i % STUDY.prompts.length) * num + Math.floor(i / STUDY.prompts.length));
-  const grid = h("div", {class: "grid", style: `--columns: ${STUDY.settings.length}`},
+  const grid = h("div", {class: EXACT ? "grid small" : "grid", style: `--columns: ${STUDY.settings.length}`},
     STUDY.settings.map((s) => h("div", {class: "head"}, settingTitle(s))));
   const row = (index) => [
     h("p", {class: "caption"}, t("grid.row", {prompt: promptOf(index), seed: seedOf(index)})),
@@ -670,7 +674,7 @@ function aboutSection() {
   const facts = [
     ["about.name", STUDY.name], ["about.created", isNaN(date) ? STUDY.created : new Intl.DateTimeFormat(state.language,
       {dateStyle: "long", timeStyle: "short"}).format(date)],
-    ["about.source", `${STUDY.source} (${STUDY.host})`], ["about.objective", objectiveText()], ["about.seed", String(STUDY.seed)],
+    ["about.source", origin()], ["about.objective", objectiveText()], ["about.seed", String(STUDY.seed)],
     ["about.seeds", seeds], ["about.versions", Object.entries(STUDY.versions).map(([k, v]) => `${k} ${v}`).join(", ")],
     ["about.id", STUDY.id],
   ];
