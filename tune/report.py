@@ -144,7 +144,7 @@ def embed(paths):
     Anew, because a PNG of ComfyUI or A1111 tells its whole workflow. Up to `SMALL` pixels a side they are PNG and
     exact. Larger ones are JPEG of at most `LONGEST` pixels a side, fewer where all together would exceed `BUDGET`.
     """
-    longest = max(max(opened(path).size) for path in paths)
+    longest = max(max(opened(path, header=True).size) for path in paths)
     if longest <= SMALL:
         return [encoded(opened(path), None) for path in paths], {"format": "PNG", "side": longest, "longest": longest}
     side = min(LONGEST, longest)
@@ -157,10 +157,11 @@ def embed(paths):
     return [encoded(opened(path), side) for path in paths], {"format": "JPEG", "side": side, "longest": longest}
 
 
-def opened(path):
-    """An image of the study in RGB and upright; raises UserError, naming the path, for what is none."""
+def opened(path, header=False):
+    """An image of the study in RGB and upright, or its header only; raises UserError, naming the path, for what is none."""
     try:
-        return decode(Image.open(path))
+        with Image.open(path) as image:
+            return image if header else decode(image)
     except UNREADABLE as e:
         reason = getattr(e, "strerror", None) or first_line(e)
         raise UserError(f"image {str(path)!r} of the study cannot be read ({reason}); run `guidance-interval tune` again, "

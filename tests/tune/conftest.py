@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -115,3 +117,13 @@ def study_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     build_study(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The path of a Chromium: CHROMIUM_PATH, or what is installed under one of its names."""
+    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+    path = os.environ.get("CHROMIUM_PATH") or next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium is installed; CHROMIUM_PATH may name one")
+    return path

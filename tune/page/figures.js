@@ -41,7 +41,10 @@ function figureLayout(colours, more) {
   };
 }
 
-const FIGURE_CONFIG = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"]};
+const FIGURE_CONFIG = {
+  responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
+  ...(matchMedia("(hover: none)").matches ? {displayModeBar: false} : {}),  // There it would always hide the figure.
+};
 
 /** Lengths of the error bars of [value, low, high]s; none where an end is open. */
 function errorBars(list, colour) {

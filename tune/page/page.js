@@ -125,8 +125,10 @@ function table(caption, head, rows) {
     h("tbody", {role: "rowgroup"}, rows.map((row) => h("tr", {role: "row"}, row.map(cell))))));
 }
 
-function say(text) {
+/** Tell a reader, of a screen or by ear; quiet: only by ear, where it is to be seen anyway. */
+function say(text, quiet = false) {
   const status = document.getElementById("status");
+  status.className = quiet ? "quiet" : "";
   status.textContent = text;
   clearTimeout(say.timer);
   say.timer = setTimeout(() => { status.textContent = ""; }, 5000);
@@ -253,13 +255,14 @@ function voteView() {
     return h("figure", {}, image, h("button", {type: "button", class: "main", id: `choose-${name}`, onclick: () => vote(code)},
       t("vote.choose", {side: name}), " ", h("kbd", {class: "keys", "aria-hidden": "true"}, ["←", "→"][side])));
   });
+  const [, width, height] = IMAGES[STUDY.settings[0].images[index]];
   const key = (text) => h("kbd", {class: "keys", "aria-hidden": "true"}, text);
-  return [h("section", {class: "first"},
+  return [h("section", {class: "first vote"},
     heading(t("vote.heading", {n: done + 1, pairs: ballot.pairs})),
     h("progress", {max: ballot.pairs, value: done, "aria-label": t("vote.progress", {done, pairs: ballot.pairs})}),
     h("p", {class: "prompt"}, promptOf(index)),
     h("p", {class: "small"}, t("vote.question")),
-    h("div", {class: EXACT ? "pair" : "pair large"}, sides),
+    h("div", {class: EXACT ? "pair small" : width >= height ? "pair stacked" : "pair"}, sides),
     h("p", {class: "row"},
       h("button", {type: "button", id: "choose-none", onclick: () => vote(null)}, t("vote.none"), " ", key("0")),
       h("button", {type: "button", id: "undo", disabled: !done, onclick: undo}, t("vote.undo"), " ", key("U"))),
@@ -301,7 +304,7 @@ function undo() {
 function afterVote(focused) {
   const target = (focused && document.getElementById(focused)) || document.querySelector("main h1");
   (target.disabled ? document.querySelector("main h1") : target).focus({preventScroll: true});
-  say(t("vote.heading", {n: state.current.votes.length + 1, pairs: state.current.pairs}));
+  say(t("vote.heading", {n: state.current.votes.length + 1, pairs: state.current.pairs}), true);
 }
 
 /** End a ballot before its last pair; what was cast counts. */
