@@ -96,7 +96,7 @@ def read_study(folder):
     except OSError as e:
         raise UserError(f"{str(path)!r} cannot be read ({e.strerror})") from e
     except ValueError as e:
-        raise UserError(f"{str(path)!r} is not JSON in UTF-8 ({first_line(e)}); run `guidance-interval tune` again") from e
+        raise UserError(f"{str(path)!r} is not JSON in UTF-8 ({first_line(e)}); run `tune` again") from e
     try:
         num = len(study["prompts"]) * len(study["seeds"])
         known = {metric["key"] for metric in study["metrics"]}
@@ -106,12 +106,10 @@ def read_study(folder):
             for key in ("label", "sigma_lo", "sigma_hi", "weight", "search", "paste"):
                 setting[key]
             if len(setting["images"]) != num:
-                raise ValueError(
-                    f"setting {setting['id']!r} has {len(setting['images'])} images where {len(study['prompts'])} prompts "
-                    f"by {len(study['seeds'])} seeds are {num}"
-                )
-            if unknown := setting["confirmed"].keys() - known:
-                raise ValueError(f"setting {setting['id']!r} has values of unknown metrics: {', '.join(sorted(unknown))}")
+                size = f"{len(study['prompts'])} prompts by {len(study['seeds'])} seeds are {num}"
+                raise ValueError(f"setting {setting['id']!r} has {len(setting['images'])} images where {size}")
+            if unknown := sorted(setting["confirmed"].keys() - known):
+                raise ValueError(f"setting {setting['id']!r} has values of unknown metrics: {', '.join(unknown)}")
         if not study["settings"]:
             raise ValueError("it has no settings")
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -158,14 +156,16 @@ def embed(paths):
 
 
 def opened(path, header=False):
-    """An image of the study in RGB and upright, or its header only; raises UserError, naming the path, for what is none."""
+    """An image of the study in RGB and upright, or its header only; raises UserError, naming the path, for no image."""
     try:
         with Image.open(path) as image:
             return image if header else decode(image)
     except UNREADABLE as e:
         reason = getattr(e, "strerror", None) or first_line(e)
-        raise UserError(f"image {str(path)!r} of the study cannot be read ({reason}); run `guidance-interval tune` again, "
-                        "which renders what is missing") from e  # fmt: skip
+        raise UserError(
+            f"image {str(path)!r} of the study cannot be read ({reason}); run `guidance-interval tune` again, which "
+            "renders what is missing"
+        ) from e
 
 
 def encoded(image, side):

@@ -171,6 +171,7 @@ function restore() {
     const kept = JSON.parse(localStorage.getItem(STORE) ?? "{}");
     state.ballots = checkedBallots(kept.ballots ?? [], STUDY);
     state.read = kept.read === true;
+    if (kept.language in STRINGS) state.language = kept.language;
   } catch { /* As above, or damaged: begin anew. */ }
 }
 
@@ -502,7 +503,8 @@ function headline(setting) {
 function verdictCell(key, confirmed) {
   const kind = judged(key, confirmed);
   if (!kind) return {class: "text", content: "–"};
-  return {class: kind, content: `${{better: "▲", worse: "▼"}[kind] ?? "≈"} ${t(`verdict.${kind}`)}`};
+  const text = t(`verdict.${kind}`);
+  return {class: kind, content: `${{better: "▲", worse: "▼"}[kind] ?? "≈"} ${text}`};
 }
 
 /** One setting beside the baseline: what the search said, what the confirmation found, and the difference. */
