@@ -12,7 +12,7 @@ PROMPTS = ["face-smiling", "heart", "animal-mammal", "food-fruit", "drink", "tra
 SEEDS = [11, 12, 13, 14]
 METRICS = [
     {"key": "rows", "name": "Network rows an image", "better": "lower", "digits": 1},
-    {"key": "adherence", "name": "Classifier's share of the class asked for, %", "better": "higher", "digits": 1},
+    {"key": "adherence", "name": "Adherence (classifier's probability of the prompt, %)", "better": "higher", "digits": 1},
     {"key": "variety", "name": "Variety between seeds of a prompt", "better": "higher", "digits": 3},
 ]
 # sigma_lo, sigma_hi, weight, label. The first three are the confirmed ones: the baseline, the best and the second.

@@ -51,7 +51,7 @@ function number(value, digits, signed = false) {
 const plain = (value) => (value === null ? "∞" : String(Number(value.toPrecision(4))));
 const percent = (share) => `${number(100 * share, 0)} %`;
 const metricOf = (key) => STUDY.metrics.find((m) => m.key === key);
-const metricName = (key) => tOr(`metric.${key}`, "{name}").replace("{name}", metricOf(key).name);
+const metricName = (key) => tOr(`name.${metricOf(key).name}`, metricOf(key).name);  // English is the study's own.
 const shortName = (key) => tOr(`short.${key}`, metricName(key));
 const list = (parts) => new Intl.ListFormat(state.language, {type: "conjunction"}).format(parts);
 
@@ -494,10 +494,11 @@ function headline(setting) {
   const keys = [...STUDY.objective.minimize, ...STUDY.objective.maximize].filter((k) => setting.confirmed[k]);
   const by = (kind) => keys.filter((k) => judged(k, setting.confirmed[k]) === kind);
   const better = by("better"), worse = by("worse"), bound = boundOf(setting);
-  if (bound === "broken") worse.push(STUDY.objective.bound.metric);
+  const bounded = STUDY.objective.bound?.metric;
+  if (bound === "broken" || (bound === "open" && judged(bounded, setting.confirmed[bounded]) === "worse")) worse.push(bounded);
   const kind = better.length ? (worse.length ? "trade" : bound === "open" ? "open" : "holds") : worse.length ? "fails" : "unclear";
   return t(`headline.${kind}`, {setting: bounds(setting), better: list(better.map(shortName)), worse: list(worse.map(shortName)),
-    metric: STUDY.objective.bound && shortName(STUDY.objective.bound.metric)});
+    metric: bounded && shortName(bounded)});
 }
 
 function verdictCell(key, confirmed) {
@@ -549,6 +550,8 @@ function paste(setting) {
   return [
     setting.label !== "conditional only" && h("p", {}, t("paste.byHand", {lo: plain(setting.sigma_lo),
       hi: setting.sigma_hi === null ? "-1" : plain(setting.sigma_hi), weight: plain(setting.weight)})),
+    setting !== STUDY.settings[0] && h("p", {}, t("paste.preset"), " ",
+      h("code", {}, `--save ${setting === RIVALS[0] ? "mine" : `mine=${setting.id}`}`)),
     h("div", {class: "pastes"}, a1111 && block("paste.a1111", a1111),
       comfyui && block("paste.comfyui", JSON.stringify(comfyui, null, 1)))];
 }
