@@ -10,9 +10,10 @@ import torch
 
 PROMPTS = ["face-smiling", "heart", "animal-mammal", "food-fruit", "drink", "transport-ground", "time", "sport"]
 SEEDS = [11, 12, 13, 14]
+ADHERENCE = "Adherence (classifier's probability of the prompt, %)"
 METRICS = [
     {"key": "rows", "name": "Network rows an image", "better": "lower", "digits": 1},
-    {"key": "adherence", "name": "Adherence (classifier's probability of the prompt, %)", "better": "higher", "digits": 1},
+    {"key": "adherence", "name": ADHERENCE, "better": "higher", "digits": 1},
     {"key": "variety", "name": "Variety between seeds of a prompt", "better": "higher", "digits": 3},
 ]
 # sigma_lo, sigma_hi, weight, label. The first three are the confirmed ones: the baseline, the best and the second.

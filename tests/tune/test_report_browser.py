@@ -197,6 +197,19 @@ def test_a_vote_goes_on_after_the_page_was_closed(visit):
     assert exported(page)["ballots"] == before
 
 
+def test_a_vote_that_goes_on_after_the_report_is_not_blind(visit):
+    page = visit()
+    begin(page)
+    press(page, "a")
+    page.click("text=Pause")
+    page.click("text=Skip to the report")
+    page.click("#votes button:has-text('Vote')")
+    page.click("text=Ann: 1 of 10 pairs, continue")
+    press(page, *"ab" * 4, "a")
+    assert "Not blind, because the report or an answer had been read before: Ann." in page.inner_text("#verdict")
+    assert [b["blind"] for b in exported(page)["ballots"]] == [False]
+
+
 def test_a_vote_is_possible_where_the_browser_keeps_nothing(visit, browser):
     page = visit()
     page.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new Error('denied'); }})")
@@ -297,7 +310,7 @@ def test_the_report_tells_what_was_found_in_both_languages(visit, study_folder):
     page.select_option("#language", "ja")
     assert page.get_attribute("html", "lang") == "ja" and "検証の数値を見る理由" in page.inner_text("#summary")
     assert "undefined" not in page.inner_text("body") and "{" not in page.inner_text("#summary p >> nth=0")
-    page.reload()
+    page.reload()  # In the language that was chosen.
     begin(page, "後から")
     press(page, *"ab" * 5)
     assert "ブラインドではない投票者: 後から" in page.inner_text("#verdict")

@@ -209,7 +209,9 @@ function startView() {
     }
     const known = findBallot(state.ballots, name, setting.value);
     if (known && isDone(known)) return say(t("start.votedAlready", {voter: known.voter}));
-    beginVote(known ?? {voter: name, setting: setting.value, pairs: Number(pairs.value), blind: !state.read, votes: []});
+    // Who has seen an answer knows images of the baseline.
+    const blind = !state.ballots.some((b) => isDone(b) && sameVoter(b.voter, name));
+    beginVote(known ?? {voter: name, setting: setting.value, pairs: Number(pairs.value), blind, votes: []});
   };
   return [h("section", {class: "first"}, intro,
     h("p", {}, t("start.why", {baseline: labelText(baseline.label)})),
@@ -223,13 +225,14 @@ function startView() {
         RIVALS.length > 1 && h("label", {}, t("start.setting"), setting)),
       h("p", {class: "small", id: "voter-note"}, t("start.nameNote")), rule,
       h("p", {class: "row"}, h("button", {type: "submit", class: "main"}, t("start.begin")))),
-    h("p", {class: "row"}, importControl(), done.length > 0 && button("start.answer", () => show("answer")),
+    h("p", {class: "row"}, importControl(), done.length > 0 && !open.length && button("start.answer", () => show("answer")),
       button("start.report", openReport)),
     h("p", {class: "small"}, t("start.report.note")))];
 }
 
 function beginVote(ballot) {
   if (!state.ballots.includes(ballot)) state.ballots.push(ballot);
+  if (state.read && !isDone(ballot)) ballot.blind = false;
   state.current = ballot;
   state.setting = ballot.setting;
   save();
@@ -258,7 +261,7 @@ function voteView() {
   });
   const [, width, height] = IMAGES[STUDY.settings[0].images[index]];
   const key = (text) => h("kbd", {class: "keys", "aria-hidden": "true"}, text);
-  return [h("section", {class: "first vote"},
+  return [h("section", {class: EXACT ? "first vote narrow" : "first vote"},
     heading(t("vote.heading", {n: done + 1, pairs: ballot.pairs})),
     h("progress", {max: ballot.pairs, value: done, "aria-label": t("vote.progress", {done, pairs: ballot.pairs})}),
     h("p", {class: "prompt"}, promptOf(index)),
@@ -305,7 +308,7 @@ function undo() {
 function afterVote(focused) {
   const target = (focused && document.getElementById(focused)) || document.querySelector("main h1");
   (target.disabled ? document.querySelector("main h1") : target).focus({preventScroll: true});
-  say(t("vote.heading", {n: state.current.votes.length + 1, pairs: state.current.pairs}), true);
+  say(`${document.querySelector("main h1").textContent}. ${document.querySelector(".prompt").textContent}`, true);
 }
 
 /** End a ballot before its last pair; what was cast counts. */

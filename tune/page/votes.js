@@ -26,7 +26,7 @@ function imagesByCode(study) {
  * goes through all prompts before any comes again, so that a part of it covers them evenly. */
 function plan(study, setting, voter) {
   const random = randomFrom(`${study.id}\n${setting}\n${voter}`);
-  const [baseline, rival] = ["baseline", setting].map((id) => study.settings.find((s) => s.id === id));
+  const [baseline] = study.settings, rival = study.settings.find((s) => s.id === setting);
   const num = study.seeds.length;
   const seeds = study.prompts.map(() => shuffled([...Array(num).keys()], random));
   const pairs = [];
@@ -90,7 +90,7 @@ function checkedBallots(ballots, study) {
     const votes = b.votes.map((v) => {
       const [one, two] = [0, 1].map((i) => known.get(v?.shown?.[i]));
       const pair = one && two && one.index === two.index && [one.setting, two.setting].sort().join() ===
-        ["baseline", b.setting].sort().join();
+        [study.settings[0].id, b.setting].sort().join();
       if (!pair || seen.has(one.index) || !(v.chosen === null || v.shown.includes(v.chosen))) throw damaged();
       seen.add(one.index);
       return {shown: v.shown.slice(0, 2), chosen: v.chosen};
