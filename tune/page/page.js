@@ -60,12 +60,12 @@ function labelText(label) {
   return tOr(`label.${label}`, label);
 }
 
-/** What is set: "(0.1, 3.5], weight 2.5". */
-function bounds(s) {
+/** What is set: "(0.1, 3.5], weight 2.5", or in a sentence "The interval (0.1, 3.5] with weight 2.5". */
+function bounds(s, sentence = false) {
   if (s.label === "conditional only") return labelText(s.label);
-  const where = s.sigma_lo === 0 && s.sigma_hi === null ? t("everywhere") : `(${plain(s.sigma_lo)}, ${plain(s.sigma_hi)}${
-    s.sigma_hi === null ? ")" : "]"}`;
-  return t("bounds", {where, weight: plain(s.weight)});
+  const weight = plain(s.weight), end = s.sigma_hi === null ? "∞)" : `${plain(s.sigma_hi)}]`;
+  if (s.sigma_lo === 0 && s.sigma_hi === null) return t("bounds", {where: t("everywhere"), weight});
+  return t(sentence ? "bounds.sentence" : "bounds", {where: `(${plain(s.sigma_lo)}, ${end}`, weight});
 }
 
 function rankText(setting) {
@@ -500,7 +500,7 @@ function headline(setting) {
   const bounded = STUDY.objective.bound?.metric;
   if (bound === "broken" || (bound === "open" && judged(bounded, setting.confirmed[bounded]) === "worse")) worse.push(bounded);
   const kind = better.length ? (worse.length ? "trade" : bound === "open" ? "open" : "holds") : worse.length ? "fails" : "unclear";
-  return t(`headline.${kind}`, {setting: bounds(setting), better: list(better.map(shortName)), worse: list(worse.map(shortName)),
+  return t(`headline.${kind}`, {setting: bounds(setting, true), better: list(better.map(shortName)), worse: list(worse.map(shortName)),
     metric: bounded && shortName(bounded)});
 }
 
@@ -556,7 +556,7 @@ function paste(setting) {
     setting !== STUDY.settings[0] && h("p", {}, t("paste.preset"), " ",
       h("code", {}, `--save ${setting === RIVALS[0] ? "mine" : `mine=${setting.id}`}`)),
     h("div", {class: "pastes"}, a1111 && block("paste.a1111", a1111),
-      comfyui && block("paste.comfyui", JSON.stringify(comfyui, null, 1)))];
+      comfyui && block("paste.comfyui", JSON.stringify(comfyui, null, 1).replace(/\n */g, " ")))];
 }
 
 async function copy(text, element) {
