@@ -29,6 +29,14 @@ def address(study_folder):
     return report.write_report(study_folder).as_uri()
 
 
+@pytest.fixture(scope="module")
+def shared(browser, address):
+    """A page to ask, in which nothing is changed."""
+    page = browser.new_page()
+    page.goto(address)
+    return page
+
+
 @pytest.fixture
 def visit(browser, address):
     """`visit(language, **context)`: a page of a fresh profile; at the end none has asked for anything or complained."""
@@ -339,6 +347,35 @@ def test_it_fits_a_phone_and_twice_the_size_and_speaks_to_screen_readers(visit):
             elif view == "answer":
                 page.click("main button.main")
                 page.wait_for_selector("#figure-front .main-svg")
+
+
+@pytest.mark.parametrize(
+    ("rows", "variety", "adherence", "said"),
+    [
+        ("lower", "higher", [1, -4, 6], "holds up on new images: better in rows and variety."),
+        ("lower", "unclear", [-2, -4, -1], "holds up on new images: better in rows."),  # Less, but no more than 5.
+        (
+            "lower",
+            "higher",
+            [1, -6, 8],
+            "better in rows and variety on new images. Whether adherence kept up is not clear.",
+        ),
+        ("lower", "higher", [1, None, None], "Whether adherence kept up is not clear."),
+        ("lower", "higher", [-4, -7, -1], "is a trade: better in rows and variety, worse in adherence."),
+        ("lower", "lower", [1, -4, 6], "is a trade: better in rows, worse in variety."),
+        ("higher", "unclear", [1, -4, 6], "did not hold up on new images: worse in rows."),
+        ("unclear", "unclear", [-9, -12, -6], "did not hold up on new images: worse in adherence."),
+        ("unclear", "unclear", [0, -1, 1], "shows no clear difference on new images."),
+    ],
+)
+def test_the_headline_says_what_the_confirmation_bears_out(shared, rows, variety, adherence, said):
+    low, high = adherence[1:]
+    verdict = "unclear" if low is None or low <= 0 <= high else "lower" if high < 0 else "higher"
+    confirmed = {"rows": {"verdict": rows}, "variety": {"verdict": variety},
+                 "adherence": {"verdict": verdict, "difference": adherence}}  # fmt: skip
+    setting = {"sigma_lo": 0.1, "sigma_hi": 3.5, "weight": 2.5, "label": "", "confirmed": confirmed}
+    text = shared.evaluate("s => headline(s)", setting)
+    assert text.startswith("The interval (0.1, 3.5] with weight 2.5 ") and text.endswith(said)
 
 
 def test_a_study_in_which_nothing_was_better_says_so(visit, study_folder, tmp_path):

@@ -478,9 +478,9 @@ function boundOf(setting) {
   const bound = STUDY.objective.bound;
   const difference = bound && setting.confirmed[bound.metric]?.difference;
   if (!difference) return null;
+  if (difference[1] === null || difference[2] === null) return "open";  // No interval, of too few images.
   // Towards the worse: what is lost, at least and at most.
   const [least, most] = metricOf(bound.metric).better === "lower" ? [difference[1], difference[2]] : [-difference[2], -difference[1]];
-  if (most === null || least === null) return "open";
   return most <= bound.margin ? "held" : least > bound.margin ? "broken" : "open";
 }
 
