@@ -38,6 +38,7 @@ def test_the_wheel_holds_the_package_the_model_and_the_command(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("__init__.py", "sampler_patch.py", "cli.py", "lab/demo.py", "lab/digits.safetensors"):
         assert f"guidance_interval/{name}" in names
+    assert {f"guidance_interval/tune/page/{p.name}" for p in (ROOT / "tune" / "page").iterdir()} < set(names)
     assert not [n for n in names if n.startswith(("tests", "lab/", "guidance_interval/tests", "benchmarks"))]
     entry = [n for n in names if n.endswith("entry_points.txt")]
     assert "guidance-interval = guidance_interval.cli:main" in zipfile.ZipFile(wheel).read(entry[0]).decode()
@@ -66,7 +67,7 @@ def test_importing_the_package_imports_no_host_and_no_lab():
 
 
 # What the rooms may need beyond torch and numpy. Hosts bring what nodes/, a1111/ and scripts/ import of theirs.
-EXTRAS = {"": [], "lab": ["lab", "cluster", "train"], "measure": ["measure"],
+EXTRAS = {"": [], "lab": ["lab", "cluster", "train"], "measure": ["measure"], "tune": ["tune"],
           "benchmarks": ["measure", "dev", "comfy-test"], "tests": ["measure", "dev", "comfy-test"]}  # fmt: skip
 OTHERS = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "nodes", "folder_paths", "backend", "gradio", "ldm",
           "ldm_patched", "modules", "modules_forge", "webui", "fastapi", "omegaconf", "open_clip"}  # fmt: skip
