@@ -39,8 +39,8 @@ class Defaults:
 DEFAULTS = {
     "emoji": Defaults(
         "dpmpp_sde", 8, GuidanceInterval(0.1, 3.5), 3.0, 1.75, 4.0,
-        ("face-concerned", "heart", "person-role", "animal-bird", "plant-other", "food-fruit", "food-asian",
-         "transport-ground", "time", "country-flag"),
+        ("face-neutral-skeptical", "body-parts", "person-role", "animal-bird", "food-sweet", "food-asian",
+         "light-video", "transport-ground", "time", "country-flag"),
     ),
     "digits": Defaults("dpmpp_2m", 16, GuidanceInterval(0.1, 2.5), 2.0, 1.25, 4.0, tuple("0123456789")),
 }  # fmt: skip
