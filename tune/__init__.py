@@ -1,0 +1,1 @@
+"""The interval for a user's own model: searched, confirmed on fresh prompts and seeds, and told in one report."""
