@@ -91,7 +91,7 @@ PRESETS = {
 
 
 def get_preset(name):
-    """The preset of that name, published or the user's own; raises ValueError, with the names there are, for another."""
+    """The preset of that name, published or the user's own; raises ValueError, with those there are, for another."""
     known = all_presets()
     by_name = {key.casefold(): preset for key, preset in known.items()}  # X/Y/Z plot's are in any case.
     for key in (str(name).casefold(), f"{name}{MARK}".casefold()):

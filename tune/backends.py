@@ -80,11 +80,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Rendered:
-    """One image, its network rows (None if nobody counted them) and the seconds that it took."""
+    """One image, its network rows and the seconds that it took, each None where nobody knows."""
 
     image: Image.Image
     rows: float | None
-    seconds: float
+    seconds: float | None
 
 
 def paste_comfyui(setting):

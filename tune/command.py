@@ -25,7 +25,7 @@ def run(source=None, servers=None, a1111=None, model=None, prompts=None, referen
         )
     if servers and source is None:
         raise UserError("--server is for a workflow of ComfyUI: name its file too")
-    preset, _ = _parse_save(options.get("save"))
+    _parse_save(options.get("save"))
     texts = None if prompts is None else read_prompts(prompts)
     if model is not None:
         from .emoji import Emoji, EmojiJudge
@@ -42,9 +42,6 @@ def run(source=None, servers=None, a1111=None, model=None, prompts=None, referen
         return tune(backend, judge, texts, **options)
     if texts is None:
         raise UserError("--prompts is missing: a text file, one prompt on a line, 8 or more")
-    from .clip import ClipJudge
-
-    judge = ClipJudge(device, reference)
     if source is not None:
         from .servers import Comfy
 
@@ -54,7 +51,18 @@ def run(source=None, servers=None, a1111=None, model=None, prompts=None, referen
 
         backend = WebUI(a1111)
     with contextlib.closing(backend):
-        return tune(backend, judge, texts, **options)
+        return tune(backend, _judge(backend, device, reference), texts, **options)
+
+
+def _judge(backend, device, reference):
+    """CLIP, or for the demo model in ComfyUI the networks that know it: no weights are needed then."""
+    if getattr(backend, "shows_emoji", False):
+        from .emoji import EmojiJudge
+
+        return EmojiJudge(device, reference)
+    from .clip import ClipJudge
+
+    return ClipJudge(device, reference)
 
 
 def tune(
@@ -245,9 +253,7 @@ def findings(found):
         lines.append(f"{s['id']}, {_setting(s)}: {', '.join(parts)} than the baseline, on fresh images"
                      + (f"; its {bound['metric']} is surely lower than the margin allows" if lost else "") + ".")  # fmt: skip
     if not lines:
-        lines.append(
-            "No setting of the search is better than the baseline: keep what you have, or give it more trials."
-        )
+        lines.append("No setting of the search beats the baseline: keep what you have, or give it more trials.")
     return lines
 
 

@@ -67,10 +67,13 @@ class Emoji:
         x = sampler(denoiser, x, *schedule_args(sampler, sigmas), extra_args=extra_args, disable=True)
         return x, denoiser.rows / len(jobs)
 
-    def to_images(self, x):
+    def to_pixels(self, x):
+        """uint8 [N, 3, H, W] of x on the model's scale."""
         mean, std = self.lab.config["pixel_mean"], self.lab.config["pixel_std"]
-        pixels = (x * (std / data.SIGMA_DATA) + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-        pixels = pixels.repeat_interleave(ENLARGE, 2).repeat_interleave(ENLARGE, 3)
+        return (x * (std / data.SIGMA_DATA) + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+    def to_images(self, x):
+        pixels = self.to_pixels(x).repeat_interleave(ENLARGE, 2).repeat_interleave(ENLARGE, 3)
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def describe(self):
@@ -96,14 +99,17 @@ class EmojiJudge:
     def check(self, prompts):
         """Nothing is missing."""
 
-    @torch.inference_mode()
     def measure(self, images, prompts):
         """`(features [N, D], adherence [N])` of PIL images and their prompts, float64."""
-        config = self.lab.config
-        size = (config["image_size"], config["image_size"])
+        size = (self.lab.config["image_size"],) * 2
         pixels = np.stack([np.asarray(i.convert("RGB").resize(size, Image.Resampling.BOX)) for i in images])
-        x = data.to_model(torch.from_numpy(pixels).permute(0, 3, 1, 2), config["pixel_mean"], config["pixel_std"])
-        x = x.to(self.device)
+        return self.measure_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2), prompts)
+
+    @torch.inference_mode()
+    def measure_pixels(self, pixels, prompts):
+        """As `measure`, of uint8 [N, 3, H, W]."""
+        config = self.lab.config
+        x = data.to_model(pixels, config["pixel_mean"], config["pixel_std"]).to(self.device)
         labels = torch.tensor([config["classes"].index(p) for p in prompts])
         probability = self.lab.classifier(x)[1].softmax(1).cpu()[torch.arange(len(labels)), labels]
         return self.lab.ruler(x).cpu().double(), 100 * probability.double()

@@ -45,18 +45,21 @@ def metrics(judge, rows=True):
 def measure(judge, images, prompts, rows, seconds, stages):
     """What a setting's images give: `{metric: [block] or, for a distance, {stage: [block]}}`, JSON without more ado.
 
-    images: PIL, block by block; prompts, rows, seconds: of each; stages: numbers of blocks at which the setting may be
-    compared. `saturation` is of each image, for the drift.
+    images: PIL, block by block; prompts, rows, seconds: of each, where known (the first image of a server also loads
+    the model: it counts like the others' mean); stages: numbers of blocks at which the setting may be compared.
+    `saturation` is of each image, for the drift.
     """
     features, adherence = judge.measure(images, prompts)
     if not (features.isfinite().all() and adherence.isfinite().all()):
         raise ValueError("the features of an image are not finite")
     saturation = [pixel_statistics(np.asarray(image.convert("RGB")))[0].item() * 100 for image in images]
     blocks = features.split(SEEDS)
+    timed = [s for s in seconds if s is not None]
+    mean = sum(timed) / len(timed) if timed else 0.0
     found = {
         "adherence": _means(adherence),
         "variety": [mean_distance(block).item() if len(block) > 1 else 0.0 for block in blocks],
-        "seconds": _means(seconds),
+        "seconds": _means([mean if s is None else s for s in seconds]),
         "saturation": saturation,
     }
     if None not in rows:
@@ -207,7 +210,7 @@ def is_lost(goal, measured, baseline, rivals):
 
 
 def front(points):
-    """Indices of the points [(loss, …)] that no other point beats: no worse in all and better in one; equal ones once."""
+    """Indices of the points [(loss, …)] that no other beats: no worse in all and better in one; equal ones once."""
     kept = []
     for i, p in enumerate(points):
         beaten = any(

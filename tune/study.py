@@ -106,7 +106,7 @@ def make_plan(name, prompts, trials, images, seed, confirm_images=None, screen=1
 
 
 def _blocks(prompts, count, first_seed):
-    """Every image has a seed of its own: the same noise under two prompts would make them alike, and intervals narrow."""
+    """Every image has a seed of its own: the same noise under two prompts makes them alike, and intervals narrow."""
     found = []
     for b in range(count):
         p, group = b % len(prompts), b // len(prompts)
