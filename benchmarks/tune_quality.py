@@ -55,7 +55,6 @@ def measure_densely(setting, groups, classes=None):
 
 def run_study(seed, sampler, trials, images, confirms):
     """One study: its trials, and what was confirmed."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     backend, judge = emoji.Emoji(workers.device()), emoji.EmojiJudge(workers.device())
     with tempfile.TemporaryDirectory() as out:
         plan = study.make_plan("quality", backend.prompts, trials, images, seed)

@@ -7,6 +7,7 @@ A backend has
 - `sigmas`, the noise levels [N] of an image's evaluations in EDM units, or None where nobody tells them;
 - `render(jobs)`: yields `(index, Rendered)` for each of a list of `Job`, in any order. Raises Refused for what the
   host refuses, which costs the trial, and UserError for what ends the command;
+- `workers`: of how many the first image also loads the model;
 - `describe()`: lines for `--dry-run`; `paste(setting)`: `{"comfyui": …, "a1111": …}`; `close()`.
 """
 

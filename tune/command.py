@@ -2,11 +2,13 @@
 
 import contextlib
 import math
+import time
 from pathlib import Path
 
 from ..errors import UserError
 from ..files import aligned, output_folder, sole_use
 from . import confirm, objectives, study
+from .backends import everywhere
 from .view import View, duration
 
 PREVIEW = 3  # Prompts that --dry-run shows.
@@ -175,7 +177,7 @@ def _describe(plan, backend, judge):
     goal = objectives.goal(judge, backend.sigmas is not None)
     most = plan.trials * search + 5 * confirmed
     lines = [*backend.describe(), f"goal: {goal}", ""]
-    ranges = study.space(backend)
+    ranges, speed = study.space(backend), _speed(backend, plan)
     lines.append(
         "search: " + ", ".join(f"{k} {lo:.3g} to {hi:.3g}" for k, (lo, hi) in ranges.items()) + " (log scales)"
     )
@@ -186,21 +188,19 @@ def _describe(plan, backend, judge):
         f"confirmation: the best three, the baseline and conditional only, {confirmed} images each, "
         + ("of prompts that the search does not see" if plan.fresh_prompts else
            f"of the same prompts with fresh seeds (with {study.AT_LEAST} prompts or more, half would be kept for it)"),
-        f"at most {most:,} images" + (
-            f", about {duration(most * seconds)} at {seconds:.3g} s an image" if (seconds := _probe(backend, plan)) else
-            ""
-        ),
+        f"at most {most:,} images" + (f", about {duration(most / speed)} at {speed:.2g} a second" if speed else ""),
         "prompts of the search: " + "; ".join(dict.fromkeys(b.text for b in plan.search[:PREVIEW])) + "; …",
     ]  # fmt: skip
     return lines
 
 
-def _probe(backend, plan):
-    """Seconds an image, from rendering one or two, or None where the host refuses."""
-    from .backends import Job, everywhere
-
-    jobs = [Job(everywhere(backend.weight), plan.search[0].text, s) for s in plan.search[0].seeds[:2]]
-    return list(backend.render(jobs))[-1][1].seconds
+def _speed(backend, plan):
+    """Images a second, from the first few of the search. What is loaded for the first one is left out."""
+    jobs = [job for block in plan.search[:2] for _, job in block.jobs(everywhere(backend.weight))]
+    times = [time.monotonic(), *(time.monotonic() for _ in backend.render(jobs))]
+    spare = backend.workers  # The first of each.
+    seconds = times[-1] - times[spare]
+    return (len(jobs) - spare) / seconds if seconds > 0 else None
 
 
 def table(found):
@@ -250,8 +250,8 @@ def findings(found):
                 parts.append(f"{key} {'the same' if same else verdict}"
                              + ("" if same else f" ({change[0]:+.{names[key]['digits']}f})"))  # fmt: skip
         lost = s["confirmed"][bound["metric"]]["difference"][2] < -bound["margin"]
-        lines.append(f"{s['id']}, {_setting(s)}: {', '.join(parts)} than the baseline, on fresh images"
-                     + (f"; its {bound['metric']} is surely lower than the margin allows" if lost else "") + ".")  # fmt: skip
+        warning = f"; its {bound['metric']} is surely lower than the margin allows" if lost else ""
+        lines.append(f"{s['id']}, {_setting(s)}, against the baseline on fresh images: {', '.join(parts)}{warning}.")
     if not lines:
         lines.append("No setting of the search beats the baseline: keep what you have, or give it more trials.")
     return lines
@@ -270,7 +270,7 @@ def read_prompts(path):
             f"--prompts {path!r} cannot be read ({e.strerror}); give a text file, one prompt on a line"
         ) from e
     except UnicodeDecodeError as e:
-        raise UserError(f"--prompts {path!r} is not text in UTF-8; give a text file, one prompt on a line") from e
+        raise UserError(f"--prompts {path!r} is not text in UTF-8; give a text file, a prompt on a line") from e
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise UserError(f"--prompts {path!r} holds no prompt; write one on each line, {study.AT_LEAST} or more")

@@ -12,7 +12,8 @@ from ..lab.demo import DEFAULTS
 from ..lab.sampling import evaluations, get_sampler, karras_sigmas, schedule_args
 from ..lab.sweep import measured_by
 from ..measure.metrics import frechet_distance
-from ..sampler_patch import CFGDenoiser
+from ..noise_level import rescale_sigma
+from ..sampler_patch import CFGDenoiser, GuidanceInterval
 from . import backends
 from .backends import Rendered
 
@@ -27,15 +28,19 @@ def load(device):
 
 
 class Emoji:
-    """A backend. Prompts are the names of Unicode's subgroups."""
+    """A backend. Prompts are the names of Unicode's subgroups.
 
-    host = source = "emoji"
+    Its settings are for data of unit scale, as in ComfyUI: the model's own noise levels are half of them.
+    """
+
+    host, source, workers = "emoji", "emoji", 0
     weight = DEFAULTS["emoji"].strong
 
     def __init__(self, device="cpu"):
         self.lab, self.device, self.steps = load(device), device, DEFAULTS["emoji"].steps
         self.prompts = list(self.lab.config["classes"])
-        self.sigmas, _ = evaluations(SAMPLER, self.steps)
+        own, _ = evaluations(SAMPLER, self.steps)
+        self.sigmas = rescale_sigma(own, self.lab.config["sigma_data"])
         self.identity = {"model": measured_by(self.lab)["weights"], "sampler": SAMPLER, "steps": self.steps}
 
     def render(self, jobs):
@@ -57,7 +62,8 @@ class Emoji:
         size = lab.config["image_size"]
         x = torch.stack([torch.randn(3, size, size, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
         labels = torch.tensor([self.prompts.index(job.prompt) for job in jobs], device=self.device)
-        denoiser, sampler = CFGDenoiser(lab.denoiser, setting.interval), get_sampler(SAMPLER)
+        bounds = (rescale_sigma(s, 1.0, lab.config["sigma_data"]) for s in (setting.sigma_lo, setting.sigma_hi))
+        denoiser, sampler = CFGDenoiser(lab.denoiser, GuidanceInterval(*bounds)), get_sampler(SAMPLER)
         extra_args = dict(
             cond={"class_cond": labels},
             uncond={"class_cond": torch.full_like(labels, lab.denoiser.null_class)},

@@ -146,7 +146,8 @@ class Comfy:
 
     def __init__(self, path, urls):
         graph = workflow.read(path)
-        self.servers = [Server(url) for url in dict.fromkeys(urls)]
+        self.servers = list({s.url: s for s in map(Server, urls)}.values())
+        self.workers = len(self.servers)
         lacking, types = [], None
         for server in self.servers:
             try:

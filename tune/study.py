@@ -167,14 +167,13 @@ def first_trials(backend, ranges):
 
 def open_storage(url):
     """Optuna's storage for a URL: a database of SQLAlchemy's, or grpc://HOST:PORT. Raises UserError if it is none."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
         if url.startswith("grpc://"):
             host, _, port = url.removeprefix("grpc://").partition(":")
             storage = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
             storage.wait_server_ready(timeout=10)
             return storage
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         sqlite = url.startswith("sqlite:")
         return optuna.storages.RDBStorage(
             url,
@@ -202,6 +201,8 @@ class Search:
     """
 
     def __init__(self, plan, backend, judge, storage, out, view, sampler="tpe"):
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.plan, self.backend, self.judge, self.view = plan, backend, judge, view
         self.goal = objectives.goal(judge, backend.sigmas is not None)
         self.folder = Folder(Path(out) / "images")
