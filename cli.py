@@ -225,7 +225,8 @@ def parser():
     )
     tune.add_argument(
         "source", nargs="?", metavar="WORKFLOW", action="store",
-        help="of ComfyUI: exported for the API (.json), or an image that ComfyUI saved (.png)",
+        help="of ComfyUI: exported for the API (.json), or an image that ComfyUI saved (.png); with --a1111 an "
+        "image that it saved, for its parameters",
     )  # fmt: skip
     tune.add_argument(
         "--server", action="append", metavar="URL",

@@ -15,18 +15,16 @@ PREVIEW = 3  # Prompts that --dry-run shows.
 
 
 def run(source=None, servers=None, a1111=None, model=None, prompts=None, reference=None, device="cpu", **options):
-    """Tune one of: a workflow `source` on ComfyUI `servers`, the web UI at `a1111`, or the `model` that ships.
+    """Tune one of: a workflow `source` on ComfyUI `servers`; the web UI at `a1111`, with the parameters of a picture
+    `source` if there is one; or the `model` that ships.
 
     prompts: a text file; reference: a folder of images; options: see `tune`. Raises UserError for what cannot be.
     """
-    given = [x for x in (source, a1111, model) if x is not None]
-    if len(given) != 1:
-        raise UserError(
-            "tune takes one of a workflow, --a1111 URL and --model emoji, got "
-            + (" and ".join(map(repr, given)) if given else "none of them")
-        )
-    if servers and source is None:
-        raise UserError("--server is for a workflow of ComfyUI: name its file too")
+    if bool(model) == bool(source or a1111):
+        given = " and ".join(repr(x) for x in (source, a1111, model) if x)
+        raise UserError(f"tune takes one of a workflow, --a1111 URL and --model emoji, got {given or 'none of them'}")
+    if servers and (a1111 or not source):
+        raise UserError("--server is for a workflow of ComfyUI: name its file, and no --a1111")
     _parse_save(options.get("save"))
     texts = None if prompts is None else read_prompts(prompts)
     if model is not None:
@@ -44,14 +42,14 @@ def run(source=None, servers=None, a1111=None, model=None, prompts=None, referen
         return tune(backend, judge, texts, **options)
     if texts is None:
         raise UserError("--prompts is missing: a text file, one prompt on a line, 8 or more")
-    if source is not None:
+    if a1111 is not None:
+        from .webui import WebUI
+
+        backend = WebUI(a1111, source)
+    else:
         from .servers import Comfy
 
         backend = Comfy(source, servers or ["http://127.0.0.1:8188"])
-    else:
-        from .webui import WebUI
-
-        backend = WebUI(a1111)
     with contextlib.closing(backend):
         return tune(backend, _judge(backend, device, reference), texts, **options)
 
@@ -90,7 +88,7 @@ def tune(
     """
     preset, which = _parse_save(save)
     judge.check(prompts)
-    plan = study.make_plan(name or Path(backend.source).stem, prompts, trials, images, seed)
+    plan = study.make_plan(name or _name(backend), prompts, trials, images, seed)
     if dry_run:
         print("\n".join(_describe(plan, backend, judge)))
         return None
@@ -114,6 +112,11 @@ def tune(
         if preset:
             _save(found, preset, which)
     return found
+
+
+def _name(backend):
+    """A study's name from where its images come from."""
+    return "a1111" if "://" in backend.source else Path(backend.source).stem
 
 
 def _is_ours(search, view):
