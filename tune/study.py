@@ -31,7 +31,6 @@ from .objectives import SEEDS
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
 BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl"
-UNKNOWN_LEVELS = (0.03, 50.0)  # Bounds worth a try where nobody tells the schedule.
 SURPLUS = "surplus: another process had begun the last one"
 
 # Of the three that were compared on the emoji model, benchmarks/tune_quality.py.
@@ -118,17 +117,15 @@ def _blocks(prompts, count, first_seed):
 def space(backend):
     """`{name: (low, high)}` of the search, each on a log scale.
 
-    The ends of the bounds lie just outside of the schedule, where they are none. In an interval the best weight is
-    higher than everywhere, so there is more room above.
+    Bounds within a factor of three of the published ones (0.28 to 1.2, and 3.2 to 10), as far as the schedule goes.
+    In an interval the best weight is higher than everywhere, so there is more room above.
     """
-    low, high = UNKNOWN_LEVELS if backend.sigmas is None else in_space(backend.sigmas)
-    middle = math.sqrt(low * high)
+    low, high = (0.0, math.inf) if backend.sigmas is None else in_space(backend.sigmas)
     extra = backend.weight - 1
-    return {
-        "sigma_lo": (0.9 * low, max(2.0, middle)),
-        "sigma_hi": (min(0.3, middle), 1.01 * high),
-        "weight": (round(1 + extra / 4, 3), round(1 + 3 * extra, 3)),
-    }
+    ranges = {"sigma_lo": (max(0.1, 0.9 * low), 3.0), "sigma_hi": (1.0, min(30.0, 1.01 * high))}
+    if any(lo >= hi for lo, hi in ranges.values()):  # An image that is only retouched: the schedule is short.
+        ranges = {"sigma_lo": (0.9 * low, math.sqrt(low * high)), "sigma_hi": (math.sqrt(low * high), 1.01 * high)}
+    return ranges | {"weight": (round(1 + extra / 4, 3), round(1 + 3 * extra, 3))}
 
 
 def suggest(trial, ranges):
@@ -191,6 +188,10 @@ def open_storage(url):
 
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Later(Exception):
+    """A trial cannot be judged before another one, which waits."""
 
 
 class Search:
@@ -263,13 +264,13 @@ class Search:
         trials = self.trials()
         followed = {n for t in trials for n in t.system_attrs.get("retry_history", [])}
         for trial in trials:
-            if trial.user_attrs.get("folder") != self.mine or trial.number in followed:
+            if trial.user_attrs.get("folder") != self.mine:
                 continue
+            lost = trial.state == TrialState.FAIL and "error" not in trial.user_attrs and self._settled(trial)
             if trial.state == TrialState.RUNNING:
                 with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    if storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
-                        retry(self.study, self.study.trials[trial.number])
-            elif trial.state == TrialState.FAIL and "error" not in trial.user_attrs and self._settled(trial):
+                    lost = storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            if lost and trial.number not in followed:
                 retry(self.study, self.study.trials[trial.number])
 
     @staticmethod
@@ -294,7 +295,7 @@ class Search:
             states = Counter(t.state for t in trials if _counts(t))
             self.view.trials(states[TrialState.COMPLETE] + states[TrialState.FAIL], self.plan.trials, self.front())
             if states[TrialState.WAITING] or (self.measured(BASELINE) and sum(states.values()) < self.plan.trials):
-                self.study.optimize(self._objective, n_trials=1, catch=(Refused,))
+                self.study.optimize(self._objective, n_trials=1, catch=(Refused, _Later))
                 self._check_baseline()
             elif states[TrialState.RUNNING]:
                 self.view.waiting(states[TrialState.RUNNING])
@@ -330,6 +331,9 @@ class Search:
             trial.set_user_attr("error", str(e))
             self.view.failed(trial.number, setting, str(e))
             raise
+        except _Later:  # Behind the baseline, in the order of the queue.
+            optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
+            raise
         except KeyboardInterrupt:
             trial.set_user_attr("interrupted", True)
             raise
@@ -352,9 +356,11 @@ class Search:
         return [objectives.value(measured, baseline, key)[0] for key in self.goal.keys]
 
     def _baseline(self):
-        """What the baseline measured; waits for the process that is at it."""
+        """What the baseline measured; waits for the process that is at it. Raises _Later where there is none."""
         while (found := self.measured(BASELINE)) is None:
             self._check_baseline()
+            if any(t.user_attrs.get("label") == BASELINE for t in self.trials(TrialState.WAITING)):
+                raise _Later
             time.sleep(1)
             optuna.storages.fail_stale_trials(self.study)
         return found
