@@ -2,6 +2,9 @@
 
     python benchmarks/tune_quality.py --device cuda --workers 14 --out out/tune-quality
 
+Several GPUs are `--device cuda:0 cuda:1`, with so many workers on each. What is finished is kept in --out: dense.json,
+studies.json, and the tables in quality.md.
+
 The dense sweep renders every interval that guides other steps (78 for 12 steps) at ten weights. It gives the true
 values of any setting: those of the same guided steps, between two weights linear in the logarithm of the weight.
 
@@ -125,8 +128,10 @@ class Truth:
 
 
 def run_all(tasks, args, what):
-    running = workers.run(tasks, [args.device] * args.workers)
-    return dict(tqdm(running, total=len(tasks), desc=what, mininterval=5))
+    """Yield `(key, value)` of the tasks, with a bar."""
+    if tasks:
+        running = workers.run(tasks, args.device * args.workers)
+        yield from tqdm(running, total=len(tasks), desc=what, mininterval=5)
 
 
 def dense(args):
@@ -137,7 +142,7 @@ def dense(args):
         cells = {(a, b, w): steps_setting(sigmas, a, b, w) for a in steps for b in steps if a <= b for w in WEIGHTS}
         cells[None] = study.CONDITIONAL
         tasks = {k: (("dense", str(s)), measure_densely, s, args.dense, args.classes) for k, s in cells.items()}
-        found = run_all(tasks, args, "dense sweep")
+        found = dict(run_all(tasks, args, "dense sweep"))
         rows = [[k, v[0], v[2].mean(), v[1].mean()] for k, v in found.items()]
         file.write_text(json.dumps({"images": len(cells) * len(found[None][1]) * SEEDS, "cells": rows}))
     told = json.loads(file.read_text())
@@ -154,8 +159,9 @@ def studies(args):
         for seed, name in wanted
         if f"{name} {seed}" not in known
     }
-    known |= run_all(tasks, args, "studies") if tasks else {}
-    file.write_text(json.dumps(known))
+    for key, value in run_all(tasks, args, "studies"):
+        known[key] = value
+        file.write_text(json.dumps(known))
     return known
 
 
@@ -191,7 +197,7 @@ def coverage_table(args, found):
             chosen[seed, place] = c
             settings[seed, place] = Setting(*c["setting"])
     tasks = {k: (("true", str(k)), measure_densely, s, args.groups, args.classes) for k, s in settings.items()}
-    true = run_all(tasks, args, "the chosen settings, densely")
+    true = dict(run_all(tasks, args, "the chosen settings, densely"))
     head = ["confirmation", "held, of best-1", "held, of all", "bias of the search", "bias of the confirmation"]
     body = []
     for column, metric in ((1, "adherence"), (2, "variety")):
@@ -211,8 +217,8 @@ def coverage_table(args, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes on the device")
+    parser.add_argument("--device", nargs="+", default=["cpu"])
+    parser.add_argument("--workers", type=int, default=1, help="processes on each device")
     parser.add_argument("--out", type=Path, default=Path("out/tune-quality"))
     parser.add_argument("--dense", type=int, default=2, help="blocks of each prompt in a cell of the dense sweep")
     parser.add_argument("--groups", type=int, default=8, help="the same, for the true values of what was confirmed")
@@ -221,7 +227,7 @@ def main():
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5, help="studies of each sampler that are compared")
     parser.add_argument("--studies", type=int, default=20, help="studies whose confirmations are judged")
-    parser.add_argument("--samplers", nargs="+", default=["tpe", "gp", "random"], choices=list(study.SAMPLERS))
+    parser.add_argument("--samplers", nargs="+", default=["gp", "tpe", "random"], choices=list(study.SAMPLERS))
     args = parser.parse_args()
     args.studies = max(args.studies, args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
