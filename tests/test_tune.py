@@ -299,6 +299,16 @@ def test_processes_share_a_study(tmp_path):
     assert not searches[0].trials(TrialState.RUNNING, TrialState.WAITING)
 
 
+def test_first_trials_that_two_processes_queued_are_rendered_once(tmp_path):
+    search = make_search(tmp_path)
+    for label, setting, params in study.first_trials(search.backend, search.ranges):
+        search.study.enqueue_trial(params, user_attrs={"label": label, "setting": [*study._as_json(setting)]})
+    complete = search.run()
+    assert len(complete) == 8 == len(set(settings_of(complete)))
+    assert len(search.backend.jobs) == len(set(search.backend.jobs))
+    assert all(t["state"] == "complete" for t in confirm._trials(search, [], None, None))
+
+
 def test_an_image_that_is_damaged_or_of_another_job_is_rendered_again(tmp_path):
     folder, job = Folder(tmp_path), Job(Setting(0.1, 2.0, 3.0), "a", 1)
     folder.put((0, 0), job, Rendered(Painter().paint(job), 9.0, 0.5))
@@ -383,9 +393,10 @@ def test_killed_and_joined_by_a_second_process_nothing_is_lost_or_doubled(tmp_pa
     lost = {t.number for t in found if t.state == TrialState.FAIL and not t.user_attrs.get("error")}
     again = [n for t in found for n in t.system_attrs.get("retry_history", [])]
     assert lost and sorted(again) == sorted(lost)
-    # The one that began confirms; the other one says so.
-    assert (tmp_path / "a" / "confirmed.json").is_file() and not (tmp_path / "b" / "confirmed.json").is_file()
-    assert b"confirms the best settings" in told[1][1]
+    # The one that rendered the baseline confirms; the other one says so.
+    confirmed = [(tmp_path / name / "confirmed.json").is_file() for name in "ab"]
+    assert sorted(confirmed) == [False, True]
+    assert [b"confirms the best settings" in err for _, err in told] == [not c for c in confirmed]
 
 
 # ----------------------------------------------------------------------------

@@ -23,16 +23,22 @@ from .objectives import SEEDS
 CONFIRMED = "confirmed.json"
 
 
-def choose(search):
-    """`[(id, label, Setting, Trial)]`: the baseline, and up to three of the front that together improve most on it."""
+def choose(search, count=3):
+    """`[(id, label, Setting, Trial)]`: the baseline, and the best of those within the bound.
+
+    First those of the front that together improve most on the baseline; if it has fewer than `count`, those of the
+    front without them.
+    """
     complete = search.trials(TrialState.COMPLETE)
     baseline = next(t for t in complete if t.user_attrs.get("label") == study.BASELINE)
-    corner = search.losses(baseline)
-    rivals = [t for t in search.front() if t.number != baseline.number]
-    order = objectives.best([search.losses(t) for t in rivals], corner)
+    corner, chosen = search.losses(baseline), []
+    left = [t for t in complete if t.number != baseline.number and max(t.constraints.values()) <= 0]
+    while left and len(chosen) < count:
+        order = objectives.best([search.losses(t) for t in left], corner, count - len(chosen))
+        chosen += [left[i] for i in order]
+        left = [t for i, t in enumerate(left) if i not in order]
     found = [("baseline", study.BASELINE, baseline)]
-    for place, i in enumerate(order, 1):
-        found.append((f"best-{place}", rivals[i].user_attrs.get("label", ""), rivals[i]))
+    found += [(f"best-{place}", t.user_attrs.get("label", ""), t) for place, t in enumerate(chosen, 1)]
     return [(i, label, study.from_json(t.user_attrs["setting"]), t) for i, label, t in found]
 
 

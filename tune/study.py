@@ -31,7 +31,7 @@ from .objectives import SEEDS
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
 BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl"
-SURPLUS = "surplus: another process had begun the last one"
+SURPLUS = "surplus: another process has it, or had begun the last one"
 
 # Of the three that were compared on the emoji model, benchmarks/tune_quality.py.
 SAMPLERS = {
@@ -221,6 +221,8 @@ class Search:
         self._check_identity()
         self.study.set_metric_names(list(self.goal.keys))
         self._recover()
+        if not created:
+            self._await_first()
         self._enqueue_first()
 
     @property
@@ -279,11 +281,32 @@ class Search:
         ended = trial.datetime_complete.timestamp() if trial.datetime_complete else 0
         return "interrupted" in trial.user_attrs or time.time() - ended > GRACE
 
+    def _labels(self):
+        """Of the first trials that are queued, under way or complete."""
+        return {t.user_attrs.get("label") for t in self.trials() if _counts(t) and not t.user_attrs.get("error")}
+
+    def _await_first(self):
+        """Give the process that has just made the study a few seconds to queue the first trials."""
+        deadline, wanted = time.monotonic() + 5, {label for label, *_ in first_trials(self.backend, self.ranges)}
+        while not wanted <= self._labels() and not self.trials(TrialState.FAIL) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
     def _enqueue_first(self):
-        known = {t.user_attrs.get("label") for t in self.trials() if _counts(t) and not t.user_attrs.get("error")}
+        known = self._labels()
         for label, setting, params in first_trials(self.backend, self.ranges):
             if label not in known:
                 self.study.enqueue_trial(params, user_attrs={"label": label, "setting": _as_json(setting)})
+
+    def _is_surplus(self, trial):
+        """Whether other processes had begun all that there are to be, or queued the same first one."""
+        counted = [t for t in self.trials() if _counts(t)]
+        if trial.number in [t.number for t in counted][self.plan.trials :]:
+            return True
+        label = trial.user_attrs.get("label")
+        return label is not None and any(
+            t.number < trial.number and t.user_attrs.get("label") == label and "error" not in t.user_attrs
+            for t in counted
+        )
 
     # ------------------------------------------------------------------------
     # The work.
@@ -339,8 +362,7 @@ class Search:
             raise
 
     def _race(self, trial, setting):
-        active = [t.number for t in self.trials() if _counts(t)]
-        if trial.number in active[self.plan.trials :]:
+        if self._is_surplus(trial):
             raise Refused(SURPLUS)
         label = trial.user_attrs.get("label")
         for stage in self.plan.stages:
