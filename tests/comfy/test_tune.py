@@ -11,10 +11,11 @@ from collections import Counter
 import comfy_harness as harness
 import optuna
 import pytest
+from guidance_interval import presets
 from guidance_interval.errors import UserError
 from guidance_interval.lab import model
 from guidance_interval.tune import servers, workflow
-from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, everywhere
+from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting, everywhere
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -67,11 +68,14 @@ class Servers:
 
 @pytest.fixture(scope="module")
 def two(comfyui_path, tmp_path_factory):
-    found = Servers(comfyui_path, tmp_path_factory.mktemp("servers"))
+    folder = tmp_path_factory.mktemp("servers")
+    found, context = Servers(comfyui_path, folder), pytest.MonkeyPatch()
+    context.setenv("GUIDANCE_INTERVAL_PRESETS", str(folder / "presets.toml"))  # The servers' too.
     try:
         found.start()
         yield found
     finally:
+        context.undo()
         for process, _ in found.running.values():
             process.kill()
             process.wait()
@@ -161,6 +165,25 @@ def test_a_picture_of_comfyui_is_a_workflow_too(two, files):
     Image.open(saved).save(files / "stripped.png")
     with pytest.raises(UserError, match=r"stripped.png' holds no workflow"):
         workflow.read(files / "stripped.png")
+
+
+def test_the_preset_node_lists_what_was_saved_and_renders_it(two, files):
+    entry = dict(model="flowers.json", sigma_lo=0.5, sigma_hi=20.0, weight=6.0, weight_everywhere=4.0, study="flowers")
+    presets.save_mine("mine", entry)
+    server = servers.Server(two.urls[0])
+    told = server.get("/object_info/GuidanceIntervalPreset")["GuidanceIntervalPreset"]["input"]["required"]["preset"]
+    options = workflow.Types({"x": {"input": {"required": {"preset": told}}}}).inputs("x")["preset"]
+    assert options == [*presets.PRESETS, "mine (measured by you)"]  # Without a restart.
+    nodes = graph(cfg=["8", 1], seed=7)
+    nodes["8"] = {"class_type": "GuidanceIntervalPreset", "inputs": {"model": ["1", 0], "preset": options[-1]}}
+    nodes["4"]["inputs"]["model"], nodes["2"]["inputs"]["subgroup"] = ["8", 0], "heart"
+    nodes["1"]["inputs"]["batch_size"] = 1
+    job = server.queue(nodes)
+    while (found := server.finished(job)) is None:
+        time.sleep(0.1)
+    backend = servers.Comfy(files / "flowers.json", two.urls[:1])
+    ((_, ours),) = backend.render([Job(Setting(0.5, 20.0, 6.0), "heart", 7)])
+    assert server.image(found[0]["6"]["images"][0]).tobytes() == ours.image.tobytes()
 
 
 # ----------------------------------------------------------------------------
