@@ -791,5 +791,5 @@ def test_the_emoji_need_no_network_and_dry_run_renders_no_file(tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["tune", "--model", "emoji", "--dry-run", "--reference", "emoji"]) == 0
     out = capsys.readouterr().out
-    assert "least rows and distance" in out and re.search(r"at most 1,600 images, about \d+ (s|min) at", out)
+    assert "least rows and distance" in out and re.search(r"at most 3,200 images, about \d+ (s|min) at", out)
     assert not list(tmp_path.iterdir())

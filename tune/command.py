@@ -71,7 +71,7 @@ def tune(
     prompts,
     out,
     trials=40,
-    images=32,
+    images=64,
     seed=0,
     name=None,
     storage=None,
@@ -255,8 +255,6 @@ def findings(found):
         lost = s["confirmed"][bound["metric"]]["difference"][2] < -bound["margin"]
         warning = f"; its {bound['metric']} is surely lower than the margin allows" if lost else ""
         lines.append(f"{s['id']}, {_setting(s)}, against the baseline on fresh images: {', '.join(parts)}{warning}.")
-    if not lines:
-        lines.append("No setting of the search beats the baseline: keep what you have, or give it more trials.")
     return lines
 
 

@@ -27,19 +27,26 @@ def choose(search, count=3):
     """`[(id, label, Setting, Trial)]`: the baseline, and the best of those within the bound.
 
     First those of the front that together improve most on the baseline; if it has fewer than `count`, those of the
-    front without them.
+    front without them; at last those that are least beyond the bound: in the search that may be bad luck.
     """
     complete = search.trials(TrialState.COMPLETE)
     baseline = next(t for t in complete if t.user_attrs.get("label") == study.BASELINE)
     corner, chosen = search.losses(baseline), []
-    left = [t for t in complete if t.number != baseline.number and max(t.constraints.values()) <= 0]
+    rivals = [t for t in complete if t.number != baseline.number]
+    left = [t for t in rivals if beyond(t) <= 0]
     while left and len(chosen) < count:
         order = objectives.best([search.losses(t) for t in left], corner, count - len(chosen))
         chosen += [left[i] for i in order]
         left = [t for i, t in enumerate(left) if i not in order]
+    chosen += sorted((t for t in rivals if beyond(t) > 0), key=beyond)[: count - len(chosen)]
     found = [("baseline", study.BASELINE, baseline)]
     found += [(f"best-{place}", t.user_attrs.get("label", ""), t) for place, t in enumerate(chosen, 1)]
     return [(i, label, study.from_json(t.user_attrs["setting"]), t) for i, label, t in found]
+
+
+def beyond(trial):
+    """How far a trial is beyond the bound in the search; 0 or less is within."""
+    return max(trial.constraints.values())
 
 
 def confirm(search, out):

@@ -95,7 +95,7 @@ class EmojiJudge:
     """Adherence by the classifier, variety and distance by the ruler, a network that never saw the classes."""
 
     adherence = "Adherence (classifier's probability of the prompt, %)"
-    margin, digits = 3.0, 1
+    margin, digits = 5.0, 1
     distance_name, own_reference = "Distance (1000 FD, ruler)", "emoji"
 
     def __init__(self, device="cpu", reference=None):
