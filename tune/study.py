@@ -31,6 +31,7 @@ from .objectives import SEEDS
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
 BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl"
+OPEN = 100.0  # Above it there is hardly any image left: as good as no bound.
 SURPLUS = "surplus: another process has it, or had begun the last one"
 
 # Of the three that were compared on the emoji model, benchmarks/tune_quality.py.
@@ -117,12 +118,13 @@ def _blocks(prompts, count, first_seed):
 def space(backend):
     """`{name: (low, high)}` of the search, each on a log scale.
 
-    Bounds within a factor of three of the published ones (0.28 to 1.2, and 3.2 to 10), as far as the schedule goes.
-    In an interval the best weight is higher than everywhere, so there is more room above.
+    sigma_lo is within a factor of three of the published ones, 0.28 to 1.2. sigma_hi goes to the top of the schedule: where
+    the prompt is decided early, none of it can be given up. In an interval the best weight is higher than everywhere,
+    so there is more room above.
     """
-    low, high = (0.0, math.inf) if backend.sigmas is None else in_space(backend.sigmas)
+    low, high = (0.0, OPEN) if backend.sigmas is None else in_space(backend.sigmas)
     extra = backend.weight - 1
-    ranges = {"sigma_lo": (max(0.1, 0.9 * low), 3.0), "sigma_hi": (1.0, min(30.0, 1.01 * high))}
+    ranges = {"sigma_lo": (max(0.1, 0.9 * low), 3.0), "sigma_hi": (1.0, min(OPEN, 1.01 * high))}
     if any(lo >= hi for lo, hi in ranges.values()):  # An image that is only retouched: the schedule is short.
         ranges = {"sigma_lo": (0.9 * low, math.sqrt(low * high)), "sigma_hi": (math.sqrt(low * high), 1.01 * high)}
     return ranges | {"weight": (round(1 + extra / 4, 3), round(1 + 3 * extra, 3))}
