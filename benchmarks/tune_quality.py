@@ -43,7 +43,7 @@ BATCH = 384
 def measure_densely(setting, groups, classes=None):
     """`(rows, adherence [blocks], variety [blocks])` of `groups` blocks of every prompt, or of so many of them."""
     backend, judge = emoji.Emoji(workers.device()), emoji.EmojiJudge(workers.device())
-    prompts = backend.prompts[:classes] * groups
+    prompts = backend.prompts[:: len(backend.prompts) // (classes or len(backend.prompts))] * groups
     jobs = [Job(setting, prompt, FIRST_SEED + b * SEEDS + k) for b, prompt in enumerate(prompts) for k in range(SEEDS)]
     adherence, variety = [], []
     for start in range(0, len(jobs), BATCH):

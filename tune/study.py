@@ -118,9 +118,9 @@ def _blocks(prompts, count, first_seed):
 def space(backend):
     """`{name: (low, high)}` of the search, each on a log scale.
 
-    sigma_lo is within a factor of three of the published ones, 0.28 to 1.2. sigma_hi goes to the top of the schedule: where
-    the prompt is decided early, none of it can be given up. In an interval the best weight is higher than everywhere,
-    so there is more room above.
+    sigma_lo is within a factor of three of the published ones, 0.28 to 1.2. sigma_hi goes to the top of the schedule:
+    where the prompt is decided early, none of it can be given up. In an interval the best weight is higher than
+    everywhere, so there is more room above.
     """
     low, high = (0.0, OPEN) if backend.sigmas is None else in_space(backend.sigmas)
     extra = backend.weight - 1
