@@ -21,7 +21,7 @@ class View:
         self.bar = Progress(*[TextColumn(c) if isinstance(c, str) else c for c in columns], console=self.console)
         self.task = self.bar.add_task("trials", total=None, speed="")
         self.count, self.since, self.times = 0, time.monotonic(), deque(maxlen=200)
-        self.best, self.done, self.total, self.per_trial = [], 0, 0, None
+        self.best, self.done, self.total, self.per_trial, self.begun, self.confirming = [], 0, 0, None, 0, False
         self.live = Live(get_renderable=self._draw, console=self.console, refresh_per_second=2, transient=True)
 
     def __enter__(self):
@@ -48,8 +48,9 @@ class View:
 
     def phase(self, name, total):
         """From now on single images are counted: the confirmation."""
-        self.bar.update(self.task, description=name, total=total, completed=0)
-        self.count, self.per_trial = 0, 1
+        self.bar.update(self.task, description=name, total=total, completed=0, speed="")
+        self.count, self.confirming = 0, True
+        self.times.clear()
 
     def trials(self, done, total, front):
         """How many trials are done, and those of the front."""
@@ -64,8 +65,6 @@ class View:
         self.bar.update(self.task, completed=done, total=total)
         self._speed()
 
-    begun = 0
-
     def waiting(self, count):
         self.bar.update(self.task, speed=f"waiting for {count} at other processes")
 
@@ -74,7 +73,7 @@ class View:
             self.say(f"trial {number} ({setting}) failed: {error}")
 
     def _speed(self):
-        if self.bar.tasks[0].description == "confirming":
+        if self.confirming:
             self.bar.update(self.task, completed=self.count)
             left = (self.bar.tasks[0].total - self.count) / self.speed if self.speed else None
         else:
