@@ -238,7 +238,7 @@ def parser():
     tune.add_argument("--model", choices=["emoji"], help="tune the model that ships instead: offline, in minutes")
     tune.add_argument("--prompts", type=path, metavar="FILE", help="one prompt on a line, 8 or more")
     tune.add_argument("--trials", type=count(4, 10_000), default=40, help="settings to try")
-    tune.add_argument("--images", type=count(4, 10_000), default=64, help="images a trial may have; most have fewer")
+    tune.add_argument("--images", type=count(4, 10_000), default=64, help="images a trial may have; it begins with 16")
     tune.add_argument(
         "--reference", type=path, metavar="DIR",
         help="images to come close to: least distance (CMMD) instead of most variety; with --model emoji also `emoji`",

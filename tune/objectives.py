@@ -98,8 +98,11 @@ def contributions(measured, key, blocks, conditional=None):
     return None if values is None or len(values) < blocks else torch.tensor(values[:blocks], dtype=torch.float64)
 
 
-def estimate(values):
-    """`[mean, low, high]` of contributions [B] with a 95 % interval.
+RACING = 0.8  # The level of a trial's race: a good one that is left early costs less than images for all bad ones.
+
+
+def estimate(values, level=0.95):
+    """`[mean, low, high]` of contributions [B] with an interval of that level.
 
     The bootstrap of few blocks is too narrow, by what Student's t and the degree of freedom of the mean tell: the
     influences are scaled by it.
@@ -107,16 +110,17 @@ def estimate(values):
     mean, count = values.mean(), len(values)
     if count < 2:
         return [mean.item(), -math.inf, math.inf]
-    widen = stats.t.ppf(0.975, count - 1) / stats.norm.ppf(0.975) * math.sqrt(count / (count - 1))
-    low, high = influence_interval(mean, (values - mean) * widen)
+    end = (1 + level) / 2
+    widen = stats.t.ppf(end, count - 1) / stats.norm.ppf(end) * math.sqrt(count / (count - 1))
+    low, high = influence_interval(mean, (values - mean) * widen, level=level)
     return [mean.item(), low, high]
 
 
-def difference(ours, theirs, key, conditional=None):
+def difference(ours, theirs, key, conditional=None, level=0.95):
     """`estimate` of ours minus theirs over the blocks that both have, or None where the metric is not known."""
     blocks = min(map(num_blocks, (ours, theirs)))
     a, b = (contributions(m, key, blocks, conditional) for m in (ours, theirs))
-    return None if a is None or b is None else estimate(a - b)
+    return None if a is None or b is None else estimate(a - b, level)
 
 
 def value(measured, baseline, key, conditional=None):
@@ -195,12 +199,12 @@ def violation(goal, measured, baseline):
 
 
 def is_lost(goal, measured, baseline, rivals):
-    """Whether a setting has no more place on the front, by intervals: the bound is surely missed, or a rival is surely
-    no worse in every objective."""
-    if difference(measured, baseline, goal.bound)[2] < -goal.margin:
+    """Whether a setting has lost its race for the front, by intervals: it misses the bound, or a rival is no worse in
+    every objective."""
+    if difference(measured, baseline, goal.bound, level=RACING)[2] < -goal.margin:
         return True
     for rival in rivals:
-        changes = [difference(measured, rival, key) for key in goal.keys]
+        changes = [difference(measured, rival, key, level=RACING) for key in goal.keys]
         if all(
             change is not None and min(sign * change[1], sign * change[2]) >= 0
             for sign, change in zip(goal.signs(), changes, strict=True)
