@@ -66,7 +66,7 @@ def test_importing_the_package_imports_no_host_and_no_lab():
 
 
 # What the rooms may need beyond torch and numpy. Hosts bring what nodes/, a1111/ and scripts/ import of theirs.
-EXTRAS = {"": [], "lab": ["lab", "cluster", "train"], "measure": ["measure"],
+EXTRAS = {"": [], "lab": ["lab", "cluster", "train"], "measure": ["measure"], "tune": ["tune"],
           "benchmarks": ["measure", "dev", "comfy-test"], "tests": ["measure", "dev", "comfy-test"]}  # fmt: skip
 OTHERS = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "nodes", "folder_paths", "backend", "gradio", "ldm",
           "ldm_patched", "modules", "modules_forge", "webui", "fastapi", "omegaconf", "open_clip"}  # fmt: skip
@@ -75,9 +75,9 @@ OTHERS = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "nodes", "fol
 def requirements(extras):
     """Names of the distributions that a list of extras asks for."""
     tomllib = pytest.importorskip("tomllib")  # Of Python 3.11.
-    names, project = {"torch", "numpy"}, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extra in extras:
-        for requirement in project["optional-dependencies"][extra]:
+    names, project = set(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for group in (project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)):
+        for requirement in group:
             name, inner = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement).groups()
             names |= (
                 requirements(inner.split(",")) if name == project["name"] else {re.sub(r"[-_.]+", "-", name).lower()}
