@@ -253,6 +253,7 @@ def parser():
     )
     tune.add_argument("--language", choices=("en", "ja"), default="en", help="of the report")
     tune.add_argument("--device", type=device, default="cpu", help="where images are judged: cpu, cuda, ...")
+    tune.add_argument("--clip", type=path, metavar="DIR", help="CLIP's weights, where they are not in the hub's cache")
     tune.set_defaults(run=run_tune, extra="tune", interrupted=again)
 
     train = commands.add_parser("train", help="train a model like those that ship, for `sweep --model`")
@@ -425,6 +426,7 @@ def run_tune(args):
         prompts=args.prompts,
         reference=args.reference,
         device=args.device,
+        clip=args.clip,
         trials=args.trials,
         images=args.images,
         storage=args.storage,

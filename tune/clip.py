@@ -1,5 +1,6 @@
 """The judge of images with text prompts: CLIP."""
 
+import contextlib
 import math
 
 import torch
@@ -13,26 +14,39 @@ from ..measure.metrics import clip_score, cmmd, kernel_mean
 BATCH = 16
 
 
+@contextlib.contextmanager
+def _options():
+    """The extractor's errors, with the options of this command."""
+    try:
+        yield
+    except UserError as e:
+        text = str(e).replace("--features clip=FOLDER", "--clip FOLDER").replace("features clip=", "--clip ")
+        raise UserError(text.replace("features clip:", "CLIP, which judges the images:")) from e
+
+
 class ClipJudge:
     """Adherence by CLIP score, variety by CLIP's features, and with a folder of images CMMD to them.
 
-    Raises UserError when the weights are neither in the hub's cache nor to be had: `hf download` gets them.
+    source: a folder of CLIP's weights, where they are not in the hub's cache. Raises UserError when they are neither
+    there nor to be had.
     """
 
     adherence = "Adherence (CLIP score)"
     margin, digits = 0.5, 2
     distance_name = "Distance to the reference (CMMD)"
 
-    def __init__(self, device="cpu", reference=None):
-        self.clip, self.reference = CLIP(device), reference
-        self.identity = self.clip.text_identity
+    def __init__(self, device="cpu", reference=None, source=None):
+        with _options():
+            self.clip, self.reference = CLIP(device, source), reference
+            self.identity = self.clip.text_identity
         self._texts, self._real, self._kernel = {}, None, math.nan
 
     def check(self, prompts):
         """Load what is needed now, so that nothing is missing after the first image."""
-        self.clip.load()
-        for text in dict.fromkeys(prompts):
-            self._texts[text] = self.clip.text_rows([text])[0]
+        with _options():
+            self.clip.load()
+            for text in dict.fromkeys(prompts):
+                self._texts[text] = self.clip.text_rows([text])[0]
         if self.reference is not None and self._real is None:
             folder = Folder(self.reference)
             with tqdm(unit="image", desc="reference", leave=False) as bar:

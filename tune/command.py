@@ -14,11 +14,21 @@ from .view import View, duration
 PREVIEW = 3  # Prompts that --dry-run shows.
 
 
-def run(source=None, servers=None, a1111=None, model=None, prompts=None, reference=None, device="cpu", **options):
+def run(
+    source=None,
+    servers=None,
+    a1111=None,
+    model=None,
+    prompts=None,
+    reference=None,
+    device="cpu",
+    clip=None,
+    **options,
+):
     """Tune one of: a workflow `source` on ComfyUI `servers`; the web UI at `a1111`, with the parameters of a picture
     `source` if there is one; or the `model` that ships.
 
-    prompts: a text file; reference: a folder of images; options: see `tune`. Raises UserError for what cannot be.
+    prompts: a text file; reference: a folder of images; clip: of CLIP's weights; options: see `tune`. Raises UserError for what cannot be.
     """
     if bool(model) == bool(source or a1111):
         given = " and ".join(repr(x) for x in (source, a1111, model) if x)
@@ -51,10 +61,10 @@ def run(source=None, servers=None, a1111=None, model=None, prompts=None, referen
 
         backend = Comfy(source, servers or ["http://127.0.0.1:8188"])
     with contextlib.closing(backend):
-        return tune(backend, _judge(backend, device, reference), texts, **options)
+        return tune(backend, _judge(backend, device, reference, clip), texts, **options)
 
 
-def _judge(backend, device, reference):
+def _judge(backend, device, reference, clip):
     """CLIP, or for the demo model in ComfyUI the networks that know it: no weights are needed then."""
     if getattr(backend, "shows_emoji", False):
         from .emoji import EmojiJudge
@@ -62,7 +72,7 @@ def _judge(backend, device, reference):
         return EmojiJudge(device, reference)
     from .clip import ClipJudge
 
-    return ClipJudge(device, reference)
+    return ClipJudge(device, reference, clip)
 
 
 def tune(
