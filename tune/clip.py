@@ -57,6 +57,7 @@ class ClipJudge:
                 )
             self._real = folder.rows(self.clip)
             self._kernel = kernel_mean(self._real)
+            self.identity += f", reference {self._kernel.item():.6g}"
 
     def _features(self, images):
         return self.clip.rows([self.clip.preprocess(image.convert("RGB")) for image in images])

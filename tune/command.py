@@ -28,7 +28,8 @@ def run(
     """Tune one of: a workflow `source` on ComfyUI `servers`; the web UI at `a1111`, with the parameters of a picture
     `source` if there is one; or the `model` that ships.
 
-    prompts: a text file; reference: a folder of images; clip: of CLIP's weights; options: see `tune`. Raises UserError for what cannot be.
+    prompts: a text file; reference: a folder of images; clip: of CLIP's weights; options: see `tune`. Raises UserError
+    for what cannot be.
     """
     if bool(model) == bool(source or a1111):
         given = " and ".join(repr(x) for x in (source, a1111, model) if x)
@@ -158,7 +159,7 @@ def _save(found, name, which):
     setting = next((s for s in found["settings"] if s["id"] == which), None)
     if setting is None:
         ids = [s["id"] for s in found["settings"] if s["id"] != "baseline"]
-        raise UserError(f"--save {name}={which}: there is no {which!r} in this study; {', '.join(ids) or 'none'} is")
+        raise UserError(f"--save {name}={which}: the study confirmed no {which!r}; there is {', '.join(ids) or 'none'}")
     base, kept = found["settings"][0], {k: v for k, v in setting["confirmed"].items() if v["difference"]}
     goal = found["objective"]
     sides = [f"{word} {' and '.join(keys)}" for word, keys in (("least", goal["minimize"]), ("most", goal["maximize"]))

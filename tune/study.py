@@ -238,6 +238,7 @@ class Search:
             "seed": self.plan.seed,
             "prompts": _digest(prompts),
             "judge": self.judge.identity,
+            "objective": str(self.goal),
             **self.backend.identity,
         }
 
@@ -246,10 +247,10 @@ class Search:
         if known is None:
             self.study.set_user_attr("identity", self.identity)
             return
-        names = {"weight": "cfg", "images": "--images", "seed": "--seed", "prompts": "--prompts"}
+        names = {"weight": "cfg", "images": "--images", "seed": "--seed"}
         ours = self.identity
         differing = [
-            f"{names.get(k, k)} {known.get(k)!r}, not {ours.get(k)!r}"
+            "other prompts" if k == "prompts" else f"{names.get(k, k)} {known.get(k)!r}, not {ours.get(k)!r}"
             for k in sorted({*known, *ours})
             if known.get(k) != ours.get(k)
         ]
