@@ -276,7 +276,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_trial_is_taken_up(tmp_path):
     [
         ({"images": 8}, "--images 16, not 8"),
         ({"prompts": PROMPTS[:10]}, "other prompts"),
-        ({"judge": Eye(reference=torch.ones(3, 2))}, "objective .least rows, most variety.*, not .least rows and distance"),
+        ({"judge": Eye(reference=torch.ones(3, 2))}, "objective .least rows, most variety.*, not .least rows and dist"),
         ({"judge": type("Other", (Eye,), {"identity": "other"})()}, "judge 'eye', not 'other'"),
         ({"backend": type("Other", (Painter,), {"source": "other.json"})()}, "source 'painter', not 'other.json'"),
     ],

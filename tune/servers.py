@@ -45,7 +45,7 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise UserError(f"--server {url!r} is not an address; give one like http://127.0.0.1:8188")
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-        self.client, self.warm = uuid.uuid4().hex, False
+        self.client, self.warm, self.away = uuid.uuid4().hex, False, False
 
     def __str__(self):
         return self.url
@@ -197,8 +197,9 @@ class Comfy:
                 yield work.next()
         finally:
             work.stop.set()
-            for thread in threads:
-                thread.join(timeout=5)
+            for server, thread in zip(self.servers, threads, strict=True):
+                if not server.away:
+                    thread.join(timeout=5)
 
     def describe(self):
         return [
@@ -232,6 +233,7 @@ class _Work:
         self.backend, self.jobs = backend, jobs
         self.todo, self.done, self.stop = collections.deque(range(len(jobs))), queue.Queue(), threading.Event()
         self.there = {s: time.monotonic() for s in backend.servers}  # When each last did something.
+        self.alone = None  # Since when no server answers.
         self.given, self.lock = set(), threading.Lock()
 
     def next(self):
@@ -240,7 +242,9 @@ class _Work:
             try:
                 found = self.done.get(timeout=1)
             except queue.Empty:
-                if time.monotonic() - max(self.there.values()) > ALONE:
+                now = time.monotonic()
+                self.alone = (self.alone or now) if all(s.away for s in self.there) else None
+                if self.alone is not None and now - self.alone > ALONE:
                     raise UserError(
                         f"no server answers any more ({', '.join(map(str, self.there))}); what is done is kept: start "
                         "one and run the command again"
@@ -257,18 +261,21 @@ class _Work:
             return self.todo.popleft() if self.todo else None
 
     def serve(self, server):
-        """Render jobs on one server until there are none, or all is to stop."""
-        said = False
+        """Render jobs on one server until all is to stop."""
         while not self.stop.is_set():
             at_work = {}
             try:
+                if server.away:  # It is asked without a job in its hands: one that hangs would keep it.
+                    server.get("/queue")
+                    server.away = False
+                    print(f"{server} is back", file=sys.stderr)
                 self._serve(server, at_work)
                 return
             except Gone as e:
-                if not said:
-                    print(f"{server} is left out for now: {e}", file=sys.stderr)
-                said = True
                 self._back(at_work)
+                if not server.away:
+                    print(f"{server} is left out for now: {e}", file=sys.stderr)
+                server.away = True
                 self.stop.wait(RETRY)
             except Exception as e:  # Refused, or a bug: the whole trial is off.
                 self._back(at_work)

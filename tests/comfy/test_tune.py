@@ -231,6 +231,15 @@ def test_a_server_and_the_tuner_are_killed_and_nothing_is_lost_or_doubled(two, f
     assert sum(two.prompts(i) - b for i, b in enumerate(before)) <= 1  # The schedule's.
 
 
+def test_without_any_server_it_ends_after_a_while(two, files, monkeypatch):
+    backend = servers.Comfy(files / "flowers.json", two.urls)
+    monkeypatch.setattr(servers, "ALONE", 1)
+    for server in backend.servers:
+        server.url = "http://127.0.0.1:9"  # As if both had died since.
+    with pytest.raises(UserError, match=r"no server answers any more .*what is done is kept: start one"):
+        list(backend.render([Job(CONDITIONAL, "heart", 1)]))
+
+
 def wait(for_what, files, seconds=120):
     deadline = time.monotonic() + seconds
     while not for_what():
