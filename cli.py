@@ -461,7 +461,7 @@ def run_train(args):
 def run_info(args):
     with user_input():
         sigmas = noise_level.schedule(args.scheduler, args.steps, args.sigma_min, args.sigma_max)
-        intervals = [(p.name, p.interval(), p) for p in presets.all_presets().values()]
+        intervals = [(name, p.interval(), p) for name, p in presets.all_presets().items()]
         if (args.sigma_lo, args.sigma_hi) != (None, None):
             lo = 0.0 if args.sigma_lo is None else args.sigma_lo
             hi = math.inf if args.sigma_hi is None else args.sigma_hi
@@ -473,7 +473,8 @@ def run_info(args):
         print(f"{name}: sigma in {interval}")
         if preset is not None:
             published = GuidanceInterval(preset.sigma_lo, preset.sigma_hi)
-            print(f"  {preset.model}; published as {published} for data of scale {preset.sigma_data:g}")
+            told = f"; published as {published} for data of scale {preset.sigma_data:g}"
+            print(f"  {preset.model}{told if name in presets.PRESETS else ''}")
             weight = "your usual one" if preset.weight is None else f"{preset.weight:g}"
             best = preset.weight_everywhere
             everywhere = "" if best is None else f" ({best:g} without the interval)"
