@@ -1,4 +1,4 @@
-"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure`, `train` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure`, `tune`, `train` and `info`."""
 
 import argparse
 import contextlib
@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, noise_level
+from . import __version__, noise_level, presets
 from .errors import UserError, user_input
 from .lab.data import DATA
 from .lab.sampling import MAX_SEED
-from .presets import PRESETS
 from .sampler_patch import GuidanceInterval
 
 # What the machine refuses, wherever it shows: a full disk and the like.
@@ -219,6 +218,44 @@ def parser():
         run=run_measure, extra="measure", interrupted="what is computed is kept, run the command again"
     )
 
+    tune = commands.add_parser(
+        "tune",
+        help="find the interval for a model of your own, confirm it, and judge it blind; goes on where it was stopped",
+        epilog="docs/tuning.md walks through it.",
+    )
+    tune.add_argument(
+        "source", nargs="?", metavar="WORKFLOW", action="store",
+        help="of ComfyUI: exported for the API (.json), or an image that ComfyUI saved (.png); with --a1111 an "
+        "image that it saved, for its parameters",
+    )  # fmt: skip
+    tune.add_argument(
+        "--server", action="append", metavar="URL",
+        help="a ComfyUI that runs the workflow, once for each (default: http://127.0.0.1:8188)",
+    )  # fmt: skip
+    tune.add_argument(
+        "--a1111", metavar="URL", type=path, help="tune what an Automatic1111 or Forge has loaded instead"
+    )
+    tune.add_argument("--model", choices=["emoji"], help="tune the model that ships instead: offline, in minutes")
+    tune.add_argument("--prompts", type=path, metavar="FILE", help="one prompt on a line, 8 or more")
+    tune.add_argument("--trials", type=count(4, 10_000), default=40, help="settings to try")
+    tune.add_argument("--images", type=count(4, 10_000), default=64, help="images a trial may have; it begins with 16")
+    tune.add_argument(
+        "--reference", type=path, metavar="DIR",
+        help="images to come close to: least distance (CMMD) instead of most variety; with --model emoji also `emoji`",
+    )  # fmt: skip
+    tune.add_argument("--storage", type=path, metavar="URL", help="a database that several machines share")
+    tune.add_argument("--name", type=path, help="of the study; the same on all machines (default: the source's)")
+    tune.add_argument("--out", type=path, default="out/tune", help="folder for the images and the report")
+    tune.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="which prompts and seeds are drawn")
+    tune.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it would take")
+    tune.add_argument(
+        "--save", type=path, metavar="NAME[=ID]", help="keep the best, or the one of that ID, as a preset of yours"
+    )
+    tune.add_argument("--language", choices=("en", "ja"), default="en", help="of the report")
+    tune.add_argument("--device", type=device, default="cpu", help="where images are judged: cpu, cuda, ...")
+    tune.add_argument("--clip", type=path, metavar="DIR", help="CLIP's weights, where they are not in the hub's cache")
+    tune.set_defaults(run=run_tune, extra="tune", interrupted=again)
+
     train = commands.add_parser("train", help="train a model like those that ship, for `sweep --model`")
     train.add_argument("--data", choices=[*DATA, "emoji"], default="digits", help="what it learns")
     train.add_argument(
@@ -378,6 +415,30 @@ def run_measure(args):
     )
 
 
+def run_tune(args):
+    from .tune import command
+
+    command.run(
+        source=args.source,
+        servers=args.server,
+        a1111=args.a1111,
+        model=args.model,
+        prompts=args.prompts,
+        reference=args.reference,
+        device=args.device,
+        clip=args.clip,
+        trials=args.trials,
+        images=args.images,
+        storage=args.storage,
+        name=args.name,
+        out=args.out,
+        seed=args.seed,
+        dry_run=args.dry_run,
+        save=args.save,
+        language=args.language,
+    )
+
+
 def run_train(args):
     from .lab import train, train_emoji
 
@@ -400,7 +461,7 @@ def run_train(args):
 def run_info(args):
     with user_input():
         sigmas = noise_level.schedule(args.scheduler, args.steps, args.sigma_min, args.sigma_max)
-        intervals = [(p.name, p.interval(), p) for p in PRESETS.values()]
+        intervals = [(name, p.interval(), p) for name, p in presets.all_presets().items()]
         if (args.sigma_lo, args.sigma_hi) != (None, None):
             lo = 0.0 if args.sigma_lo is None else args.sigma_lo
             hi = math.inf if args.sigma_hi is None else args.sigma_hi
@@ -412,7 +473,8 @@ def run_info(args):
         print(f"{name}: sigma in {interval}")
         if preset is not None:
             published = GuidanceInterval(preset.sigma_lo, preset.sigma_hi)
-            print(f"  {preset.model}; published as {published} for data of scale {preset.sigma_data:g}")
+            told = f"; published as {published} for data of scale {preset.sigma_data:g}"
+            print(f"  {preset.model}{told if name in presets.PRESETS else ''}")
             weight = "your usual one" if preset.weight is None else f"{preset.weight:g}"
             best = preset.weight_everywhere
             everywhere = "" if best is None else f" ({best:g} without the interval)"
@@ -420,3 +482,4 @@ def run_info(args):
             print(f"  weight {weight}{everywhere}{chosen}\n  {preset.source}")
         print("  [" + "".join("g" if g else "." for g in guided) + "]")
         print(f"  {noise_level.describe_cost(guided)}\n")
+    print(f"presets of your own, from `tune --save`: {presets.my_file()}")

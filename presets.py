@@ -1,7 +1,25 @@
-"""Published guidance intervals, each with its source. An interval without one does not belong here."""
+"""Published guidance intervals, each with its source, and the user's own, from the file that `tune --save` writes.
 
+An interval without a source does not belong here; of the user's own it is the study that measured it.
+"""
+
+import json
+import logging
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
+try:
+    import tomllib
+except ImportError:  # Python 3.10.
+    try:
+        import tomli as tomllib
+    except ImportError:
+        tomllib = None  # The user's own are not listed then.
+
+from .errors import UserError
+from .files import atomic_path
 from .noise_level import rescale_sigma
 from .sampler_patch import GuidanceInterval
 
@@ -73,7 +91,107 @@ PRESETS = {
 
 
 def get_preset(name):
-    """The preset of that name; raises ValueError, with the names there are, for another."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    """The preset of that name, published or the user's own; raises ValueError, with those there are, for another."""
+    known = all_presets()
+    by_name = {key.casefold(): preset for key, preset in known.items()}  # X/Y/Z plot's are in any case.
+    for key in (str(name).casefold(), f"{name}{MARK}".casefold()):
+        if key in by_name:
+            return by_name[key]
+    raise ValueError(f"unknown preset {name!r}; there are {', '.join(known)}")
+
+
+def all_presets():
+    """`{name as lists show it: Preset}`: the published ones, then the user's own, which are marked."""
+    return PRESETS | my_presets()
+
+
+# ----------------------------------------------------------------------------
+# The user's own, each with the study that measured it.
+
+MARK = " (measured by you)"
+NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")
+FIELDS = {"model": str, "sigma_lo": float, "sigma_hi": float, "weight": float, "weight_everywhere": float}
+log = logging.getLogger(__name__)
+
+
+def my_file():
+    """Where they are: GUIDANCE_INTERVAL_PRESETS, or a file of the user's configuration."""
+    if chosen := os.environ.get("GUIDANCE_INTERVAL_PRESETS"):
+        return Path(chosen)
+    windows = os.environ.get("APPDATA") if os.name == "nt" else None
+    folder = windows or os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(folder) / "guidance-interval" / "presets.toml"
+
+
+def my_presets():
+    """`{marked name: Preset}`; what cannot be read is told in the log and left out: a host goes on without it."""
+    try:
+        return {f"{name}{MARK}": _mine(name, entry) for name, entry in _read_mine().items()}
+    except UserError as e:
+        log.warning("Guidance Interval: %s", e)
+        return {}
+
+
+def check_name(name):
+    """Return `name` if a preset of the user's may have it; raises UserError."""
+    if not NAME.fullmatch(name) or name in PRESETS:
+        why = "is a published one" if name in PRESETS else "is no name for a preset"
+        raise UserError(f"--save {name!r} {why}; take letters, digits, . + - _ and single spaces, such as mine")
+    if tomllib is None:
+        raise UserError("--save needs the package tomli under Python 3.10; run: pip install tomli")
+    return name
+
+
+def save_mine(name, entry):
+    """Add or replace the preset `name` in the user's file, and return the file.
+
+    entry: model, sigma_lo, sigma_hi, weight and weight_everywhere, and whatever else tells where they come from, of
+    strings, numbers, lists of numbers and one level of tables of them. Raises UserError when the file cannot be read or
+    written; it is then as it was.
+    """
+    _mine(check_name(name), entry)
+    known = _read_mine() | {name: entry}
+    file = my_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{str(file)!r} cannot be written ({e.strerror}); set GUIDANCE_INTERVAL_PRESETS") from e
+    with atomic_path(file) as tmp:
+        tmp.write_text("\n".join(_toml([key], table) for key, table in known.items()), encoding="utf-8")
+    return file
+
+
+def _read_mine():
+    file = my_file()
+    if not file.is_file():
+        return {}
+    if tomllib is None:
+        raise UserError(f"{str(file)!r} is not read: under Python 3.10 that needs the package tomli")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"the presets file {str(file)!r} cannot be read ({e}); put it right, or remove it") from e
+
+
+def _mine(name, entry):
+    try:
+        values = {key: kind(entry[key]) for key, kind in FIELDS.items()}
+        GuidanceInterval(values["sigma_lo"], values["sigma_hi"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"the preset {name!r} in {str(my_file())!r} does not do ({e}); put it right, or remove it"
+        ) from e
+    metric, told = entry.get("objective"), [f"study {entry['study']!r}"] if "study" in entry else []
+    told += [str(entry[key]) for key in ("date", "said") if key in entry]
+    return Preset(name=name, sigma_data=1.0, metric=metric, source="measured by you: " + ", ".join(told), **values)
+
+
+def _toml(path, table):
+    """A table in TOML. JSON's strings, numbers and lists of numbers are also TOML's, but for infinity."""
+    head = "[" + ".".join(json.dumps(part, ensure_ascii=False) for part in path) + "]\n"
+    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    lines = [f"{json.dumps(k)} = {json.dumps(v, ensure_ascii=False).replace('Infinity', 'inf')}\n"
+             if not isinstance(v, str) else f"{json.dumps(k)} = {json.dumps(v, ensure_ascii=False)}\n"
+             for k, v in plain.items()]  # fmt: skip
+    inner = [_toml([*path, k], v) for k, v in table.items() if isinstance(v, dict)]
+    return head + "".join(lines) + "".join(inner)

@@ -6,12 +6,13 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from ..presets import PRESETS, get_preset
+from ..presets import MARK, all_presets, get_preset
 from ..sampler_patch import GuidanceInterval
 
 TITLE = "Guidance Interval"
 CUSTOM = "custom"
 CONDITIONAL_ONLY = "conditional only"
+PRESETS = all_presets()  # The published ones, and the user's own.
 PRESET_NAMES = [*PRESETS, CONDITIONAL_ONLY, CUSTOM]
 DEFAULT_PRESET = "sdxl"
 
@@ -68,7 +69,7 @@ def from_controls(preset, sigma_lo, sigma_hi, passes):
 
     A preset wins over the two numbers; "custom" takes the numbers.
     """
-    if preset not in PRESET_NAMES:
+    if preset not in PRESET_NAMES and f"{preset}{MARK}" not in PRESET_NAMES:
         raise ValueError(f"preset must be one of {', '.join(PRESET_NAMES)}, got {preset!r}")
     if passes not in PASSES:
         raise ValueError(f"passes must be {' or '.join(map(repr, PASSES))}, got {passes!r}")

@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..errors import UserError
 from ..noise_level import steps_to_interval
-from ..presets import PRESETS, get_preset
+from ..presets import all_presets, get_preset
 from . import demo, model_patch
 from .comparison import compare, parse_intervals, report
 from .guider import TwoModelGuider
@@ -241,9 +241,10 @@ class PresetInterval(io.ComfyNode):
                 _model(),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=list(all_presets()),
                     tooltip="Each was published for one model, with a weight for its interval alone: at every step it "
-                    "would be too much. The weight of sdxl was chosen by visual inspection, those of edm2 by a metric.",
+                    "would be too much. The weight of sdxl was chosen by visual inspection, those of edm2 by a metric. "
+                    "After them come those that `guidance-interval tune --save` measured for you.",
                 ),
                 _advanced(_cfg(7.0, "Handed on as cfg where the source names no weight for the interval.", True)),
             ],

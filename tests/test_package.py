@@ -76,9 +76,9 @@ OTHERS = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "nodes", "fol
 def requirements(extras):
     """Names of the distributions that a list of extras asks for."""
     tomllib = pytest.importorskip("tomllib")  # Of Python 3.11.
-    names, project = {"torch", "numpy"}, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extra in extras:
-        for requirement in project["optional-dependencies"][extra]:
+    names, project = set(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for group in (project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)):
+        for requirement in group:
             name, inner = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement).groups()
             names |= (
                 requirements(inner.split(",")) if name == project["name"] else {re.sub(r"[-_.]+", "-", name).lower()}

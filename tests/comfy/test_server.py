@@ -5,12 +5,8 @@ Small random checkpoints, made here, stand in for the real ones; the workflows a
 
 import io
 import json
-import os
 import shutil
-import socket
 import string
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -181,37 +177,17 @@ def server(host, comfyui_path, tmp_path_factory):
         (base / name).mkdir()
     for name in ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae"):
         (base / "models" / name).mkdir(parents=True)
-    listed = ["git", "-C", str(harness.ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
-        source, target = harness.ROOT / name, base / "custom_nodes" / FOLDER / name
-        if name and source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+    harness.install_pack(base / "custom_nodes" / FOLDER)
     shutil.copy(harness.ROOT / "tests" / "comfy" / "small_ace_step.py", base / "custom_nodes")
     save_models(host, base / "models")
     picture = Image.radial_gradient("L").resize((64, 64)).convert("RGBA")
     picture.paste((0, 0, 0, 0), (16, 16, 48, 48))  # What the mask editor leaves: transparent where to paint.
     picture.save(base / "input" / "example.png")
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
-    command += ["--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(base / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=comfyui_path, stdout=log, stderr=subprocess.STDOUT, env=env)
-    server = Server(f"http://127.0.0.1:{port}", base)
+    process, url = harness.start_server(comfyui_path, base)
+    server = Server(url, base)
     try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                server.get("/system_stats")
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail("the server did not start:\n" + (base / "log.txt").read_text()[-3000:])
-                time.sleep(0.5)
+        harness.wait_for(process, url, base)
         yield server
     finally:
         process.terminate()

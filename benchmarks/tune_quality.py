@@ -1,0 +1,244 @@
+"""How good is the tuner? Its searches and its confirmations on the emoji model against a dense sweep.
+
+    python benchmarks/tune_quality.py --device cuda --workers 14 --out out/tune-quality
+
+Several GPUs are `--device cuda:0 cuda:1`, with so many workers on each. What is finished is kept in --out: dense.json,
+studies.json, and the tables in quality.md.
+
+The dense sweep renders every interval that guides other steps (78 for 12 steps) at ten weights. It gives the true
+values of any setting: those of the same guided steps, between two weights linear in the logarithm of the weight.
+
+Search: the area (hypervolume) that a study's settings dominate, by their true values and up to CFG as it was, over
+that of the dense sweep: of all that it tried, and of the front that it reports. Each sampler has the same budget.
+Confirmation: how many confirmed 95 % intervals of a difference hold the true one, which is rendered anew, densely,
+for just these settings.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import optuna
+import torch
+from guidance_interval.files import aligned
+from guidance_interval.lab import workers
+from guidance_interval.tune import confirm, emoji, objectives, study
+from guidance_interval.tune.backends import Job, Setting, everywhere
+from guidance_interval.tune.objectives import SEEDS
+from guidance_interval.tune.view import Quiet
+from tqdm import tqdm
+
+WEIGHTS = [1.75, 2.1, 2.6, 3.2, 4.0, 4.9, 6.0, 7.3, 8.7, 10.0]
+FIRST_SEED = 2**32  # Of the dense sweep: none of a study's.
+BATCH = 384
+
+
+# ----------------------------------------------------------------------------
+# In the workers.
+
+
+def measure_densely(setting, groups, classes=None):
+    """`(rows, adherence [blocks], variety [blocks])` of `groups` blocks of every prompt, or of so many of them."""
+    backend, judge = emoji.Emoji(workers.device()), emoji.EmojiJudge(workers.device())
+    prompts = backend.prompts[:: len(backend.prompts) // (classes or len(backend.prompts))] * groups
+    jobs = [Job(setting, prompt, FIRST_SEED + b * SEEDS + k) for b, prompt in enumerate(prompts) for k in range(SEEDS)]
+    adherence, variety = [], []
+    for start in range(0, len(jobs), BATCH):
+        part = jobs[start : start + BATCH]
+        x, rows = backend.sample(setting, part)
+        features, probability = judge.measure_pixels(backend.to_pixels(x).cpu(), [j.prompt for j in part])
+        blocks = features.view(-1, SEEDS, features.shape[1])
+        adherence.append(probability.view(-1, SEEDS).mean(1))
+        variety.append(torch.cdist(blocks, blocks).sum((1, 2)) / (SEEDS * (SEEDS - 1)))
+    return rows, torch.cat(adherence).numpy(), torch.cat(variety).numpy()
+
+
+def run_study(seed, sampler, trials, images, confirms):
+    """One study: its trials, and what was confirmed."""
+    backend, judge = emoji.Emoji(workers.device()), emoji.EmojiJudge(workers.device())
+    with tempfile.TemporaryDirectory() as out:
+        plan = study.make_plan("quality", backend.prompts, trials, images, seed)
+        search = study.Search(plan, backend, judge, optuna.storages.InMemoryStorage(), out, Quiet(), sampler)
+        search.run()
+        front = {t.number for t in search.front()}
+        found = {
+            "trials": [(t.user_attrs["setting"], t.number in front, objectives.num_blocks(t.user_attrs["measured"]))
+                       for t in search.trials()],
+            "confirmed": [],
+        }  # fmt: skip
+        if confirms:
+            measured = confirm.confirm(search, Path(out))
+            for key, _, setting, trial in confirm.choose(search)[1:]:
+                base = search.measured(study.BASELINE)
+                found["confirmed"].append({
+                    "setting": (setting.sigma_lo, setting.sigma_hi, setting.weight),
+                    "search": {m: objectives.difference(trial.user_attrs["measured"], base, m)
+                               for m in ("adherence", "variety")},
+                    "confirmed": {m: objectives.difference(measured[key], measured["baseline"], m)
+                                  for m in ("adherence", "variety")},
+                })  # fmt: skip
+    return found
+
+
+# ----------------------------------------------------------------------------
+# The truth.
+
+
+def steps_setting(sigmas, first, last, weight):
+    """The Setting that guides the steps first to last: its bounds lie between noise levels."""
+    levels = [math.inf, *sigmas, 0.0]
+    lo = math.sqrt(levels[last + 1] * levels[last + 2])
+    hi = math.inf if first == 0 else math.sqrt(levels[first] * levels[first + 1])
+    return Setting(lo, hi, weight)
+
+
+class Truth:
+    """What the dense sweep says of any setting."""
+
+    def __init__(self, cells, sigmas):
+        self.cells, self.sigmas = cells, torch.tensor(sigmas)
+        self.steps = len(sigmas)
+
+    def __call__(self, setting):
+        """`(rows, variety, adherence)`, float64."""
+        guided = [] if setting.weight == 1 else setting.interval.mask(self.sigmas).nonzero()[:, 0].tolist()
+        if not guided:
+            return self.cells[None]
+        known = [self.cells[guided[0], guided[-1], w] for w in WEIGHTS]
+        at = math.log(min(max(setting.weight, WEIGHTS[0]), WEIGHTS[-1]))
+        return tuple(float(np.interp(at, np.log(WEIGHTS), [k[i] for k in known])) for i in range(3))
+
+    @property
+    def baseline(self):
+        return self(everywhere(emoji.Emoji.weight))
+
+    def area(self, settings):
+        """What these dominate by their true values, up to the baseline, of those within the bound."""
+        rows, variety, adherence = self.baseline
+        points = [self(s) for s in settings]
+        kept = [(r, -v) for r, v, a in points if a >= adherence - emoji.EmojiJudge.margin]
+        return objectives.hypervolume(kept, (rows, -variety))
+
+
+# ----------------------------------------------------------------------------
+# The parts.
+
+
+def run_all(tasks, args, what):
+    """Yield `(key, value)` of the tasks, with a bar."""
+    if tasks:
+        running = workers.run(tasks, args.device * args.workers)
+        yield from tqdm(running, total=len(tasks), desc=what, mininterval=5)
+
+
+def dense(args):
+    file = args.out / "dense.json"
+    sigmas = emoji.Emoji().sigmas.tolist()
+    if not file.exists():
+        steps = range(len(sigmas))
+        cells = {(a, b, w): steps_setting(sigmas, a, b, w) for a in steps for b in steps if a <= b for w in WEIGHTS}
+        cells[None] = study.CONDITIONAL
+        tasks = {k: (("dense", str(s)), measure_densely, s, args.dense, args.classes) for k, s in cells.items()}
+        found = dict(run_all(tasks, args, "dense sweep"))
+        rows = [[k, v[0], v[2].mean(), v[1].mean()] for k, v in found.items()]
+        file.write_text(json.dumps({"images": len(cells) * len(found[None][1]) * SEEDS, "cells": rows}))
+    told = json.loads(file.read_text())
+    cells = {None if k is None else tuple(k): tuple(v) for k, *v in told["cells"]}
+    return Truth(cells, sigmas), told["images"]
+
+
+def studies(args):
+    wanted = [(seed, name) for name in args.samplers for seed in range(args.studies if name == "tpe" else args.seeds)]
+    file = args.out / "studies.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    tasks = {
+        f"{name} {seed}": ((name, str(seed)), run_study, seed, name, args.trials, args.images, name == "tpe")
+        for seed, name in wanted
+        if f"{name} {seed}" not in known
+    }
+    for key, value in run_all(tasks, args, "studies"):
+        known[key] = value
+        file.write_text(json.dumps(known))
+    return known
+
+
+def search_table(args, truth, dense_images, found):
+    whole = truth.area([steps_setting(truth.sigmas.tolist(), *k) for k in truth.cells if k is not None])
+    head = ["search", "images", "tried", "front", "tried >= 95 %", "front >= 95 %"]
+    body, detail = [], {}
+    for name in args.samplers:
+        tried, front, images = [], [], []
+        for seed in range(args.seeds):
+            trials = found[f"{name} {seed}"]["trials"]
+            tried.append(truth.area([study.from_json(s) for s, _, _ in trials]) / whole)
+            front.append(truth.area([study.from_json(s) for s, on, _ in trials if on]) / whole)
+            images.append(sum(n for *_, n in trials) * SEEDS)
+        detail[name] = {"tried": tried, "front": front, "images": images}
+        body.append([
+            name, f"{np.mean(images):,.0f}", f"{np.mean(tried):.1%}", f"{np.mean(front):.1%}",
+            f"{sum(t >= 0.95 for t in tried)} of {args.seeds}", f"{sum(t >= 0.95 for t in front)} of {args.seeds}",
+        ])  # fmt: skip
+    text = aligned(head, body) + f"\ndense sweep: {dense_images:,} images, {len(truth.cells):,} settings"
+    for name, d in detail.items():
+        text += f"\n{name}, tried by seed: {' '.join(f'{t:.3f}' for t in d['tried'])}; front: " + " ".join(
+            f"{t:.3f}" for t in d["front"]
+        )
+    return text
+
+
+def coverage_table(args, found):
+    settings = {"baseline": everywhere(emoji.Emoji.weight)}
+    chosen = {}
+    for seed in range(args.studies):
+        for place, c in enumerate(found[f"tpe {seed}"]["confirmed"], 1):
+            chosen[seed, place] = c
+            settings[seed, place] = Setting(*c["setting"])
+    tasks = {k: (("true", str(k)), measure_densely, s, args.groups, args.classes) for k, s in settings.items()}
+    true = dict(run_all(tasks, args, "the chosen settings, densely"))
+    head = ["confirmation", "held, of best-1", "held, of all", "bias of the search", "bias of the confirmation"]
+    body = []
+    for column, metric in ((1, "adherence"), (2, "variety")):
+        held, biases = [], []
+        for key, c in chosen.items():
+            truth = (true[key][column] - true["baseline"][column]).mean()
+            _, low, high = c["confirmed"][metric]
+            held.append((key[1], low <= truth <= high))
+            biases.append([c[when][metric][0] - truth for when in ("search", "confirmed")])
+        first = [h for place, h in held if place == 1]
+        body.append([
+            metric, f"{sum(first)} of {len(first)}", f"{sum(h for _, h in held)} of {len(held)}",
+            *[f"{b:+.3f}" for b in np.mean(biases, axis=0)],
+        ])  # fmt: skip
+    return aligned(head, body)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", nargs="+", default=["cpu"])
+    parser.add_argument("--workers", type=int, default=1, help="processes on each device")
+    parser.add_argument("--out", type=Path, default=Path("out/tune-quality"))
+    parser.add_argument("--dense", type=int, default=2, help="blocks of each prompt in a cell of the dense sweep")
+    parser.add_argument("--groups", type=int, default=8, help="the same, for the true values of what was confirmed")
+    parser.add_argument("--classes", type=int, help="of so many prompts only: a try")
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=5, help="studies of each sampler that are compared")
+    parser.add_argument("--studies", type=int, default=20, help="studies whose confirmations are judged")
+    parser.add_argument("--samplers", nargs="+", default=["gp", "tpe", "random"], choices=list(study.SAMPLERS))
+    args = parser.parse_args()
+    args.studies = max(args.studies, args.seeds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    truth, images = dense(args)
+    found = studies(args)
+    text = search_table(args, truth, images, found)
+    print(text, flush=True)
+    text += "\n\n" + (covered := coverage_table(args, found))
+    print(covered)
+    (args.out / "quality.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,846 @@
+"""The tuner without a server: what it measures, how it searches, what survives a kill, what is refused, presets."""
+
+import base64
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from guidance_interval import cli, presets
+from guidance_interval.a1111 import settings as a1111_settings
+from guidance_interval.errors import UserError
+from guidance_interval.measure.metrics import cmmd
+from guidance_interval.tune import clip, command, confirm, objectives, study, webui, workflow
+from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Rendered, Setting, everywhere
+from guidance_interval.tune.images import Folder
+from guidance_interval.tune.objectives import SEEDS
+from guidance_interval.tune.view import Quiet
+from optuna.trial import TrialState
+from PIL import Image
+
+PROMPTS = [f"prompt {i}" for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _own_presets(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(tmp_path / "presets.toml"))
+
+
+class Painter:
+    """A backend whose images are one colour: red is adherence, green and blue are drawn by the seed."""
+
+    host, source, workers, weight, identity = "painter", "painter", 0, 4.0, {}
+    sigmas = torch.tensor([10.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1])
+
+    def __init__(self, refuses=lambda setting: False, before=lambda job: None):
+        self.jobs, self.refuses, self.before = [], refuses, before
+
+    def render(self, jobs):
+        for i, job in enumerate(jobs):
+            self.before(job)
+            if self.refuses(job.setting):
+                raise Refused("CUDA out of memory")
+            self.jobs.append(job)
+            yield i, Rendered(self.paint(job), job.setting.rows(self.sigmas), 0.1)
+
+    def paint(self, job):
+        guided = job.setting.rows(self.sigmas) - len(self.sigmas)
+        draw = random.Random(job.seed)
+        red = 60 + 9 * guided * (job.setting.weight > 1) * min(job.setting.weight, 10) / 4 + draw.uniform(-5, 5)
+        spread = 100 / max(1, guided)
+        other = [128 + draw.uniform(-spread, spread) for _ in range(2)]
+        return Image.new("RGB", (4, 4), tuple(round(min(255, max(0, v))) for v in (red, *other)))
+
+    def describe(self):
+        return ["a painter"]
+
+    @staticmethod
+    def paste(setting):
+        return {"comfyui": {}, "a1111": ""}
+
+
+class Eye:
+    adherence, margin, digits, distance_name, identity = "red", 5.0, 1, "distance", "eye"
+
+    def __init__(self, reference=None):
+        self.reference = reference
+
+    def check(self, prompts):
+        pass
+
+    def measure(self, images, prompts):
+        pixels = torch.tensor(np.stack([np.asarray(i)[0, 0] for i in images]), dtype=torch.float64)
+        return pixels[:, 1:] / 50, pixels[:, 0]
+
+    def distance(self, features):
+        return cmmd(features, self.reference, influence=True)
+
+
+def make_search(tmp_path, backend=None, trials=8, images=16, judge=None, out="out", storage=None, prompts=PROMPTS):
+    plan = study.make_plan("s", prompts, trials, images, 0, confirm_images=16, screen=8)
+    storage = study.open_storage(storage or f"sqlite:///{tmp_path / 's.db'}")
+    return study.Search(plan, backend or Painter(), judge or Eye(), storage, tmp_path / out, Quiet())
+
+
+def settings_of(trials):
+    return [tuple(t.user_attrs["setting"]) for t in trials]
+
+
+# ----------------------------------------------------------------------------
+# Objectives.
+
+grids = [[(a, b) for a, b in zip(*[random.Random(s).choices(range(6), k=7) for s in (s, s + 99)], strict=True)]
+         for s in range(30)]  # fmt: skip
+
+
+@pytest.mark.parametrize("points", grids)
+def test_the_front_and_its_area_are_those_of_counting(points):
+    kept = {points[i] for i in objectives.front(points)}
+    beaten = {p for p in points if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert kept == set(points) - beaten and len(objectives.front(points)) == len(kept)
+    cells = sum(any(x >= p[0] and y >= p[1] for p in points) for x, y in itertools.product(range(6), repeat=2))
+    assert objectives.hypervolume(points, (6, 6)) == cells
+    order = objectives.best(points, (6, 6))
+    areas = {c: objectives.hypervolume([points[i] for i in c], (6, 6))
+             for c in itertools.combinations(objectives.front(points), 1)}  # fmt: skip
+    assert objectives.hypervolume([points[order[0]]], (6, 6)) == max(areas.values())
+
+
+@pytest.mark.parametrize("blocks", [4, 8, 30])
+def test_intervals_of_few_blocks_cover(blocks):
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(300):
+        _, low, high = objectives.estimate(torch.randn(blocks, generator=generator, dtype=torch.float64))
+        held += low <= 0 <= high
+    assert 0.92 <= held / 300 <= 0.98
+
+
+def measured(adherence, saturation=None):
+    blocks = len(adherence)
+    return {"adherence": adherence, "variety": [1.0] * blocks, "seconds": [1.0] * blocks,
+            "saturation": saturation or [0.0] * blocks * SEEDS}  # fmt: skip
+
+
+def test_a_setting_with_fewer_blocks_counts_as_if_it_had_the_baselines():
+    baseline, ours = measured([10.0, 20.0, 60.0]), measured([12.0, 23.0])
+    assert objectives.difference(ours, baseline, "adherence")[0] == 2.5
+    assert objectives.value(ours, baseline, "adherence")[0] == 32.5  # 30 of all, and not 17.5 of the easier ones.
+    assert objectives.value(baseline, baseline, "adherence")[0] == 30
+
+
+def test_colour_drift_is_the_distance_to_conditional_only():
+    ours, conditional = measured([1.0], [5.0, 1.0, 3.0, 3.0]), measured([1.0], [3.0, 3.0, 3.0, 3.0])
+    assert objectives.value(ours, ours, "drift", conditional)[0] == 1.0
+    assert objectives.value(ours, ours, "drift") is None
+
+
+def test_a_distance_is_compared_at_equal_numbers_of_images():
+    generator = torch.Generator().manual_seed(0)
+    images = [Image.fromarray(p.numpy()) for p in torch.randint(0, 255, [16, 4, 4, 3], generator=generator).byte()]
+    reference = torch.randn(50, 2, generator=generator, dtype=torch.float64)
+    judge = Eye(reference)
+    found = objectives.measure(judge, images, [""] * 16, [1.0] * 16, [1.0] * 16, [2, 4])
+    for blocks in (2, 4):
+        features, _ = judge.measure(images[: blocks * SEEDS], None)
+        contributed = objectives.contributions(found, "distance", blocks)
+        torch.testing.assert_close(contributed.mean(), cmmd(features, reference))
+    assert objectives.contributions(found, "distance", 3) is None
+
+
+def test_a_trial_is_lost_when_its_intervals_say_so_and_not_before():
+    goal = objectives.Goal(("seconds",), ("variety",), "adherence", 5.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def made(adherence, variety, seconds):
+        noise = torch.randn(2, 8, generator=generator).double()
+        return {**measured((adherence + noise[0]).tolist()), "variety": (variety + 0.1 * noise[1]).tolist(),
+                "seconds": [seconds] * 8}  # fmt: skip
+
+    baseline, rival = made(50, 1, 2), made(50, 2, 1)
+    assert objectives.is_lost(goal, made(40, 3, 1), baseline, [])
+    assert not objectives.is_lost(goal, made(45, 3, 1), baseline, [])
+    assert objectives.is_lost(goal, made(50, 1, 1.5), baseline, [rival])
+    assert not objectives.is_lost(goal, made(50, 1, 0.5), baseline, [rival])
+    assert not objectives.is_lost(goal, made(50, 2, 1), baseline, [rival])
+
+
+# ----------------------------------------------------------------------------
+# The plan.
+
+
+def test_the_confirmation_has_prompts_and_seeds_that_the_search_never_saw():
+    plan = study.make_plan("s", PROMPTS, 10, 32, 0)
+    searched, confirmed = ([(b.text, s) for b in part for s in b.seeds] for part in (plan.search, plan.confirm))
+    assert not {p for p, _ in searched} & {p for p, _ in confirmed} and plan.fresh_prompts
+    seeds = [s for _, s in searched + confirmed]
+    assert len(set(seeds)) == len(seeds) == 32 + 64 and max(seeds) < 2**32
+    assert plan == study.make_plan("s", PROMPTS, 10, 32, 0) != study.make_plan("s", PROMPTS, 10, 32, 1)
+    assert plan.stages == (4, 8)
+    few = study.make_plan("s", PROMPTS[:3], 10, 32, 0)
+    assert not few.fresh_prompts and {b.text for b in few.search} == set(PROMPTS[:3])
+    assert len({(b.prompt, b.first) for b in few.search}) == len(few.search)
+
+
+@pytest.mark.parametrize("levels", [None, [10.0, 5.0, 1.0, 0.1], [0.8, 0.4, 0.2], [math.inf, 20.0, 0.05]])
+def test_what_is_suggested_is_an_interval_and_short_to_write(levels):
+    backend = Painter()
+    backend.sigmas = None if levels is None else torch.tensor(levels)
+    ranges = study.space(backend)
+    assert all(0 < lo < hi < math.inf for lo, hi in ranges.values())
+    for seed in range(100):
+        draw = random.Random(seed)
+        values = {k: math.exp(draw.uniform(math.log(lo), math.log(hi))) for k, (lo, hi) in ranges.items()}
+        setting = study.suggest(optuna.trial.FixedTrial(values), ranges)
+        assert setting.sigma_lo < setting.sigma_hi and len(setting.folder) < 30
+        assert Setting(*map(float, re.fullmatch(r"([\d.e-]+)-([\d.]+)-w([\d.]+)", setting.folder).groups())) == setting
+
+
+# ----------------------------------------------------------------------------
+# The search.
+
+
+def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(tmp_path):
+    search = make_search(tmp_path)
+    complete = search.run()
+    labels = [t.user_attrs.get("label") for t in complete]
+    assert labels[:3] == ["CFG as it was", "conditional only", "preset sdxl"] and len(complete) == 8
+    assert settings_of(complete)[:2] == [(0.0, None, 4.0), (0.0, None, 1.0)]
+    assert len(set(settings_of(complete))) == 8
+    assert [objectives.num_blocks(t.user_attrs["measured"]) for t in complete[:2]] == [4, 4]
+    assert {objectives.num_blocks(t.user_attrs["measured"]) for t in complete} == {2, 4}  # Some were stopped early.
+    front = search.front()
+    assert front and all(max(t.constraints.values()) <= 0 for t in front)
+    rendered = len(search.backend.jobs)
+    assert rendered == len(set(search.backend.jobs)) == len(list((tmp_path / "out" / "images").glob("*/*.png")))
+    make_search(tmp_path).run()  # Once more: all is there.
+    assert not make_search(tmp_path).backend.jobs
+
+
+def test_more_trials_go_on_from_there(tmp_path):
+    make_search(tmp_path, trials=5).run()
+    assert len(make_search(tmp_path, trials=9).run()) == 9
+
+
+def test_a_refusal_costs_the_trial_and_is_told_in_the_hosts_words(tmp_path):
+    search = make_search(tmp_path, Painter(refuses=lambda s: s.weight > 5))
+    complete = search.run()
+    failed = search.trials(TrialState.FAIL)
+    assert failed and len(complete) + len(failed) == 8
+    assert all(t.user_attrs["error"] == "CUDA out of memory" for t in failed)
+    told = confirm._trials(search, [], None, None)
+    assert Counter(t["state"] for t in told) == {"complete": len(complete), "failed": len(failed)}
+
+
+def test_without_a_baseline_the_command_ends_and_goes_on_when_it_can_be_rendered(tmp_path):
+    with pytest.raises(UserError, match="CFG as it was cannot be rendered: CUDA out of memory"):
+        make_search(tmp_path, Painter(refuses=lambda s: s.weight == 4)).run()
+    assert len(make_search(tmp_path).run()) == 7  # The refusal was one of the 8.
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_trial_is_taken_up(tmp_path):
+    count = itertools.count()
+
+    def press(job):
+        if next(count) == 70:
+            raise KeyboardInterrupt
+
+    search = make_search(tmp_path, Painter(before=press))
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    stopped = search.trials(TrialState.FAIL)
+    again = make_search(tmp_path)
+    complete = again.run()
+    assert len(stopped) == 1 and len(complete) == 8
+    assert settings_of(stopped)[0] in settings_of(complete)
+    assert not set(search.backend.jobs) & set(again.backend.jobs)
+    assert len(search.backend.jobs) == 70
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": 8}, "--images 16, not 8"),
+        ({"prompts": PROMPTS[:10]}, "other prompts"),
+        ({"judge": Eye(reference=torch.ones(3, 2))}, "objective .least rows, most variety.*, not .least rows and dist"),
+        ({"judge": type("Other", (Eye,), {"identity": "other"})()}, "judge 'eye', not 'other'"),
+        ({"backend": type("Other", (Painter,), {"source": "other.json"})()}, "source 'painter', not 'other.json'"),
+    ],
+)
+def test_another_study_of_the_same_name_is_refused(tmp_path, change, message):
+    make_search(tmp_path)
+    with pytest.raises(UserError, match=rf"the study 's' in this storage is another one, with .*{message}.*--name"):
+        make_search(tmp_path, **change)
+
+
+def test_processes_share_a_study(tmp_path):
+    searches = [make_search(tmp_path, Painter(before=lambda job: time.sleep(0.003)), out=f"out{i}") for i in (0, 1)]
+    threads = [threading.Thread(target=s.run) for s in searches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    complete = searches[0].trials(TrialState.COMPLETE)
+    assert len(complete) == len(set(settings_of(complete))) == 8
+    assert {t.user_attrs["folder"] for t in complete} == {s.mine for s in searches}
+    assert not searches[0].trials(TrialState.RUNNING, TrialState.WAITING)
+
+
+def test_first_trials_that_two_processes_queued_are_rendered_once(tmp_path):
+    search = make_search(tmp_path)
+    for label, setting, params in study.first_trials(search.backend, search.ranges):
+        search.study.enqueue_trial(params, user_attrs={"label": label, "setting": [*study._as_json(setting)]})
+    complete = search.run()
+    assert len(complete) == 8 == len(set(settings_of(complete)))
+    assert len(search.backend.jobs) == len(set(search.backend.jobs))
+    assert all(t["state"] == "complete" for t in confirm._trials(search, [], None, None))
+
+
+def test_an_image_that_is_damaged_or_of_another_job_is_rendered_again(tmp_path):
+    folder, job = Folder(tmp_path), Job(Setting(0.1, 2.0, 3.0), "a", 1)
+    folder.put((0, 0), job, Rendered(Painter().paint(job), 9.0, 0.5))
+    found = folder.get((0, 0), job)
+    assert (found.rows, found.seconds) == (9.0, 0.5) and found.image.tobytes() == Painter().paint(job).tobytes()
+    assert folder.get((0, 0), Job(job.setting, "b", 1)) is None and folder.get((0, 1), job) is None
+    file = folder.file(job.setting, (0, 0))
+    file.write_bytes(file.read_bytes()[:-30])
+    assert folder.get((0, 0), job) is None
+
+
+# ----------------------------------------------------------------------------
+# The confirmation.
+
+
+def test_the_confirmation_is_of_fresh_images_and_keeps_both_numbers(tmp_path):
+    search = make_search(tmp_path, trials=12)
+    search.run()
+    before = len(search.backend.jobs)
+    out = tmp_path / "out"
+    found = confirm.report(search, out, confirm.confirm(search, out))
+    assert found == json.loads((out / "confirmed.json").read_text())
+    jobs = search.backend.jobs[before:]
+    assert not {j.seed for j in jobs} & {j.seed for j in search.backend.jobs[:before]}
+    baseline, *rest = found["settings"]
+    assert baseline["id"] == "baseline" and 1 <= len(rest) <= 3
+    for setting in found["settings"]:
+        assert len(setting["images"]) == len(found["prompts"]) * len(found["seeds"]) == len(found["image_seeds"])
+        for name, seed in zip(setting["images"], found["image_seeds"], strict=True):
+            told = json.loads(Image.open(out / name).text["guidance_interval_tune"])
+            assert told["of"][2] == seed
+    for setting in rest:
+        numbers = setting["confirmed"]
+        for key in ("rows", "adherence", "variety", "drift"):
+            value, low, high = numbers[key]["difference"]
+            assert low <= value <= high
+            assert math.isclose(numbers[key]["value"][0] - baseline["confirmed"][key]["value"][0], value, abs_tol=1e-9)
+        assert setting["search"]["variety"] != numbers["variety"]["value"]
+        assert numbers["rows"]["verdict"] == "lower"
+    count = len(search.backend.jobs)
+    confirm.confirm(search, out)
+    assert len(search.backend.jobs) == count  # All is there.
+    text = "\n".join([command.table(found), *command.findings(found)])
+    assert "best-1" in text and "in the search" in text
+
+
+# ----------------------------------------------------------------------------
+# Killed: the command itself, on the emoji model.
+
+
+def tune(out, *more, trials=6):
+    args = ["tune", "--model", "emoji", "--trials", str(trials), "--images", "16", "--out", str(out), *more]
+    return [sys.executable, "-m", "guidance_interval", *args]
+
+
+def trials_of(url):
+    try:
+        return optuna.load_study(study_name="emoji", storage=url).get_trials()
+    except Exception:  # Not there yet.
+        return []
+
+
+def test_killed_and_joined_by_a_second_process_nothing_is_lost_or_doubled(tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    first = subprocess.Popen(tune(tmp_path / "a", "--storage", url), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "a").glob("images/*/*.png"))) < 20:
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert any(t.state == TrialState.RUNNING for t in trials_of(url))
+    both = [
+        subprocess.Popen(tune(tmp_path / name, "--storage", url), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for name in ("a", "b")
+    ]
+    told = [p.communicate(timeout=240) for p in both]
+    assert [p.returncode for p in both] == [0, 0], told
+    found = trials_of(url)
+    complete = [t for t in found if t.state == TrialState.COMPLETE]
+    assert len(complete) == len({tuple(t.user_attrs["setting"]) for t in complete}) == 6
+    lost = {t.number for t in found if t.state == TrialState.FAIL and not t.user_attrs.get("error")}
+    again = [n for t in found for n in t.system_attrs.get("retry_history", [])]
+    assert lost and sorted(again) == sorted(lost)
+    # The one that rendered the baseline confirms; the other one says so.
+    confirmed = [(tmp_path / name / "confirmed.json").is_file() for name in "ab"]
+    assert sorted(confirmed) == [False, True]
+    assert [b"confirms the best settings" in err for _, err in told] == [not c for c in confirmed]
+
+
+# ----------------------------------------------------------------------------
+# Workflows, by a few of ComfyUI's nodes as /object_info tells of them.
+
+
+def node(output=(), required=None, optional=None, output_node=False):
+    spec = {k: v if isinstance(v, list) else [v, {}] for k, v in {**(required or {}), **(optional or {})}.items()}
+    return {"input": {"required": spec}, "output": list(output), "output_node": output_node}
+
+
+SAMPLER = dict(model="MODEL", positive="CONDITIONING", negative="CONDITIONING", latent_image="LATENT")
+INFO = {
+    "CheckpointLoaderSimple": node(["MODEL", "CLIP", "VAE"], {"ckpt_name": [["sd.safetensors"]]}),
+    "CLIPTextEncode": node(["CONDITIONING"], {"text": "STRING", "clip": "CLIP"}),
+    "ConditioningCombine": node(["CONDITIONING"], {"conditioning_1": "CONDITIONING", "conditioning_2": "CONDITIONING"}),
+    "ControlNetApplyAdvanced": node(
+        ["CONDITIONING", "CONDITIONING"], {"positive": "CONDITIONING", "negative": "CONDITIONING", "strength": "FLOAT"}
+    ),
+    "EmptyLatentImage": node(["LATENT"], {"width": "INT", "batch_size": "INT"}),
+    "KSampler": node(["LATENT"], {**SAMPLER, "seed": "INT", "cfg": "FLOAT", "steps": "INT", "scheduler": [["karras"]]}),
+    "CFGGuider": node(["GUIDER"], {k: SAMPLER[k] for k in ("model", "positive", "negative")} | {"cfg": "FLOAT"}),
+    "BasicGuider": node(["GUIDER"], {"model": "MODEL", "conditioning": "CONDITIONING"}),
+    "RandomNoise": node(["NOISE"], {"noise_seed": "INT"}),
+    "SamplerCustomAdvanced": node(["LATENT"], {"noise": "NOISE", "guider": "GUIDER", "latent_image": "LATENT"}),
+    "LoraLoaderModelOnly": node(["MODEL"], {"model": "MODEL", "strength_model": "FLOAT"}),
+    "GuidanceInterval": node(["MODEL"], {"model": "MODEL", "sigma_lo": "FLOAT", "sigma_hi": "FLOAT"}),
+    "GuidanceIntervalGuider": node(
+        ["GUIDER"], {"model": "MODEL", "positive": "CONDITIONING", "cfg": "FLOAT", "sigma_lo": "FLOAT"}
+    ),
+    "PrimitiveFloat": node(["FLOAT"], {"value": "FLOAT"}),
+    "PrimitiveString": node(["STRING"], {"value": "STRING"}),
+    "VAEDecode": node(["IMAGE"], {"samples": "LATENT", "vae": "VAE"}),
+    "SaveImage": node([], {"images": "IMAGE", "filename_prefix": "STRING"}, output_node=True),
+    "PreviewImage": node([], {"images": "IMAGE"}, output_node=True),
+}
+
+
+def plain():
+    """SD1.5's usual graph."""
+    return {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd.safetensors"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["1", 1]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry", "clip": ["1", 1]}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "batch_size": 4}},
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0],
+                       "seed": 1, "cfg": 7.0, "steps": 20, "scheduler": "karras"},
+        },
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+        "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "x"}},
+    }  # fmt: skip
+
+
+def made(graph):
+    return workflow.Workflow("w.json", graph, workflow.Types(INFO))
+
+
+def test_the_node_goes_before_the_sampler_and_a_graph_is_of_its_job():
+    flow = made(plain())
+    assert flow.weight == 7.0
+    sent = flow.graph(Setting(0.28, 5.42, 9.0), "a dog", 5)
+    new = sent["guidance-interval-1"]
+    assert sent["5"]["inputs"]["model"] == ["guidance-interval-1", 0] and new["inputs"]["model"] == ["1", 0]
+    assert (new["inputs"]["sigma_lo"], new["inputs"]["sigma_hi"]) == (0.28, 5.42)
+    assert (sent["5"]["inputs"]["cfg"], sent["5"]["inputs"]["seed"], sent["2"]["inputs"]["text"]) == (9.0, 5, "a dog")
+    assert sent["3"]["inputs"]["text"] == "blurry" and sent["4"]["inputs"]["batch_size"] == 1
+    assert sent["7"] == {"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}}
+    assert flow.graph(everywhere(7.0), "", 0)["guidance-interval-1"]["inputs"]["sigma_hi"] == -1.0
+    conditional = flow.graph(CONDITIONAL, "", 0)["guidance-interval-1"]["inputs"]
+    assert conditional["sigma_lo"] == 1e6 and conditional["sigma_hi"] == -1.0
+    json.dumps([sent, flow.graph(everywhere(7.0), "", 0)], allow_nan=False)
+
+
+def test_an_interval_is_replaced_wherever_it_is_and_two_samplers_share_one():
+    graph = plain()
+    graph["8"] = {"class_type": "GuidanceInterval", "inputs": {"model": ["1", 0], "sigma_lo": 1.0, "sigma_hi": 2.0}}
+    graph["9"] = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["8", 0], "strength_model": 1.0}}
+    graph["5"]["inputs"]["model"] = ["9", 0]
+    second = json.loads(json.dumps(graph["5"]))
+    second["inputs"] |= {"latent_image": ["5", 0]}
+    graph["10"], graph["6"]["inputs"]["samples"] = second, ["10", 0]
+    flow = made(graph)
+    sent = flow.graph(Setting(0.28, 5.42, 9.0), "p", 5)
+    assert flow.limits == ["guidance-interval-1"] and sent["9"]["inputs"]["model"] == ["1", 0]
+    assert all(sent[n]["inputs"]["model"] == ["guidance-interval-1", 0] for n in ("5", "10"))
+    assert all(sent[n]["inputs"] | {"cfg": 9.0, "seed": 5} == sent[n]["inputs"] for n in ("5", "10"))
+
+
+def test_guiders_primitives_and_conditionings_are_followed():
+    graph = plain()
+    graph["5"] = {"class_type": "SamplerCustomAdvanced",
+                  "inputs": {"noise": ["11", 0], "guider": ["12", 0], "latent_image": ["4", 0]}}  # fmt: skip
+    graph["11"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}}
+    graph["12"] = {"class_type": "CFGGuider", "inputs": {"model": ["1", 0], "positive": ["13", 0],
+                                                         "negative": ["13", 1], "cfg": ["14", 0]}}  # fmt: skip
+    graph["13"] = {"class_type": "ControlNetApplyAdvanced",
+                   "inputs": {"positive": ["2", 0], "negative": ["3", 0], "strength": 1.0}}  # fmt: skip
+    graph["14"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 5.5}}
+    graph["2"]["inputs"]["text"] = ["15", 0]
+    graph["15"] = {"class_type": "PrimitiveString", "inputs": {"value": "a cat"}}
+    flow = made(graph)
+    sent = flow.graph(Setting(0.28, 5.42, 9.0), "p", 5)
+    assert flow.weight == 5.5 and sent["12"]["inputs"]["cfg"] == 9.0 and sent["11"]["inputs"]["noise_seed"] == 5
+    assert sent["15"]["inputs"]["value"] == "p" and sent["3"]["inputs"]["text"] == "blurry"
+    graph["12"] |= {"class_type": "GuidanceIntervalGuider"}
+    graph["12"]["inputs"] |= {"sigma_lo": 1.0}
+    flow = made(graph)
+    assert flow.limits == ["12"] and flow.graph(Setting(0.28, 5.42, 9.0), "p", 5)["12"]["inputs"]["sigma_hi"] == 5.42
+
+
+def test_a_placeholder_says_where_the_prompts_go():
+    graph = plain()
+    graph["2"]["inputs"]["text"] = "a photo of {prompt}, sharp"
+    assert made(graph).graph(CONDITIONAL, "a dog", 0)["2"]["inputs"]["text"] == "a photo of a dog, sharp"
+
+
+def changed(**nodes):
+    graph = plain()
+    for n, inputs in nodes.items():
+        graph[n.removeprefix("n")]["inputs"] |= inputs
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ({k: v for k, v in plain().items() if k != "5"}, "has no sampler: no node takes a model and a cfg"),
+        ({k: v for k, v in plain().items() if k != "7"}, "saves no image that a sampler made"),
+        (changed(n5={"cfg": 1.0}), "the cfg of its samplers is 1"),
+        (changed(n5={"cfg": ["4", 0]}), r"a cfg at node 5 \(KSampler\) that another node computes"),
+        (plain() | {"12": {"class_type": "ConditioningCombine",
+                           "inputs": {"conditioning_1": ["2", 0], "conditioning_2": ["3", 0]}}}
+         | {"5": changed(n5={"positive": ["12", 0]})["5"]}, r"has 2 nodes with text .*node 2.*node 3.*\{prompt\}"),
+        (plain() | {"5": {"class_type": "BasicGuider", "inputs": {"model": ["1", 0]}}}, "node 5 .BasicGuider. has no"),
+        (plain() | {"10": changed(n5={"cfg": 4.0, "latent_image": ["5", 0]})["5"],
+                    "6": {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["1", 2]}}},
+         r"samplers of different cfg \(4, 7\)"),
+    ],
+)  # fmt: skip
+def test_a_workflow_that_cannot_be_tuned_is_told_why(graph, message):
+    with pytest.raises(UserError, match=rf"workflow 'w.json' .*{message}"):
+        made(graph)
+
+
+def test_what_is_missing_is_named():
+    lacking = workflow.missing(changed(n1={"ckpt_name": "my.safetensors"}), workflow.Types(INFO))
+    assert lacking == ["'my.safetensors' (ckpt_name of CheckpointLoaderSimple, node 1)"]
+    found = workflow.missing(plain() | {"9": {"class_type": "FaceThing", "inputs": {}}}, workflow.Types({}))
+    assert found[0].startswith("our node Guidance Interval (clone") and "the node FaceThing" in found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read .No such file"),
+        (b"\x89PNG\r\n\x1a\n", "is a PNG that cannot be read"),
+        (b"no json", "is neither JSON nor a PNG"),
+        (b"[1]", "is no workflow of ComfyUI"),
+        (b'{"nodes": [], "links": []}', r"is in the editor's form.*Export \(API\)"),
+        (b'{"1": {"class_type": "KSampler"}}', "is no workflow of ComfyUI"),
+    ],
+)
+def test_what_is_no_workflow_is_told(tmp_path, content, message):
+    file = tmp_path / "w.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"w.json' {message}"):
+        workflow.read(file)
+
+
+# ----------------------------------------------------------------------------
+# A web UI, by its API.
+
+
+class FakeWebUI(http.server.BaseHTTPRequestHandler):
+    scripts, error, seen = ["guidance interval"], None, []
+
+    def do_GET(self):
+        answers = {
+            "/sdapi/v1/scripts": {"txt2img": self.scripts, "img2img": []},
+            "/sdapi/v1/options": {"sd_model_checkpoint": "sd.safetensors [abc]"},
+            "/sdapi/v1/progress": {"progress": 0.5, "state": {"sampling_step": 3}},
+        }
+        path = self.path.partition("?")[0]
+        self.answer(200 if path in answers else 404, answers.get(path, {"detail": "Not Found"}))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/sdapi/v1/png-info":
+            has = b"Steps" in base64.b64decode(body["image"].partition(",")[2])
+            parameters = {"Steps": "12", "Sampler": "Euler", "CFG scale": "5.5", "Size-1": "256", "Size-2": "320"}
+            return self.answer(200, {"info": "", "parameters": parameters if has else {}})
+        self.seen.append(body)
+        if self.error:
+            return self.answer(500, self.error)
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (body["seed"] % 256, 0, 0)).save(buffer, "PNG")
+        return self.answer(200, {"images": [base64.b64encode(buffer.getvalue()).decode()], "info": "{}"})
+
+    def answer(self, code, body):
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def web_ui(monkeypatch):
+    handler = type("Handler", (FakeWebUI,), {"seen": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(webui, "POLL", 0.02)
+        yield f"http://127.0.0.1:{server.server_port}", handler
+        server.shutdown()
+
+
+def test_a_web_ui_renders_what_the_accordion_takes(web_ui):
+    url, handler = web_ui
+    backend = webui.WebUI(url)
+    jobs = [Job(s, "a cat", 9) for s in (Setting(0.28, 5.42, 9.0), everywhere(7.0), CONDITIONAL)]
+    found = dict(backend.render(jobs))
+    assert [found[i].image.getpixel((0, 0)) for i in range(3)] == [(9, 0, 0)] * 3
+    assert found[0].seconds is None and found[1].seconds > 0
+    for job, sent in zip(jobs, handler.seen, strict=True):
+        enabled, *controls = sent["alwayson_scripts"]["Guidance Interval"]["args"]
+        settings = a1111_settings.from_controls(*controls)
+        assert enabled is True
+        assert settings.interval == (None if job.setting.conditional_only else job.setting.interval)
+        assert (sent["prompt"], sent["seed"], sent["steps"], sent["scheduler"]) == ("a cat", 9, 20, "Karras")
+    assert [sent["cfg_scale"] for sent in handler.seen] == [9.0, 7.0, 7.0]
+
+
+def test_a_picture_gives_its_parameters(web_ui, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"Steps: 12")
+    backend = webui.WebUI(web_ui[0], tmp_path / "a.png")
+    assert backend.weight == 5.5 and backend.source == "a.png"
+    assert (backend.parameters["steps"], backend.parameters["sampler_name"]) == (12, "Euler")
+    assert (backend.parameters["width"], backend.parameters["scheduler"]) == (256, "Automatic")
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"b.png' holds no parameters"):
+        webui.WebUI(web_ui[0], tmp_path / "b.png")
+
+
+def test_a_web_uis_errors_are_told_in_its_words(web_ui):
+    url, handler = web_ui
+    backend = webui.WebUI(url)
+    handler.error = {"error": "OutOfMemoryError", "detail": "", "errors": "CUDA out of memory."}
+    with pytest.raises(Refused, match=r"OutOfMemoryError: CUDA out of memory\."):
+        list(backend.render([Job(CONDITIONAL, "a", 1)]))
+    handler.scripts = ["x/y/z plot"]
+    with pytest.raises(UserError, match="lacks the extension Guidance Interval"):
+        webui.WebUI(url)
+    with pytest.raises(UserError, match=r"no web UI with an API there .*--api"):
+        webui.WebUI("http://127.0.0.1:9")
+
+
+def test_a_web_ui_that_goes_away_is_waited_for(web_ui, monkeypatch):
+    backend = webui.WebUI(web_ui[0])
+    original, fails = backend._post, itertools.count()
+
+    def post(path, body, timeout):
+        if next(fails) < 2:
+            raise webui.Gone("it does not answer")
+        return original(path, body, timeout)
+
+    monkeypatch.setattr(backend, "_post", post)
+    assert len(list(backend.render([Job(CONDITIONAL, "a", 1)]))) == 1
+    monkeypatch.setattr(backend, "_post", lambda *_: (_ for _ in ()).throw(webui.Gone("no")))
+    monkeypatch.setattr(webui, "ALONE", 0.05)
+    with pytest.raises(UserError, match=r"does not answer any more .no.; what is done is kept"):
+        list(backend.render([Job(CONDITIONAL, "a", 1)]))
+
+
+# ----------------------------------------------------------------------------
+# CLIP, a tiny one of random weights.
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory):
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip")
+    words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghij", *(f"{c}</w>" for c in "abcdefghij")]
+    (path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt")).save_pretrained(path)
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(small, vocab_size=len(words), bos_token_id=0, eos_token_id=1)
+    vision = dict(small, image_size=32, patch_size=16)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(path)
+    return str(path)
+
+
+def test_a_study_judged_by_clip_with_a_reference(small_clip, tmp_path):
+    reference = tmp_path / "photos"
+    reference.mkdir()
+    for i in range(6):
+        Image.new("RGB", (40, 30), (40 * i, 90, 200 - 30 * i)).save(reference / f"{i}.png")
+    judge = clip.ClipJudge("cpu", str(reference), small_clip)
+    prompts = list("abcdefghij")
+    judge.check(prompts)
+    images = [Image.new("RGB", (64, 64), (30 * i, 0, 90)) for i in range(4)]
+    features, scores = judge.measure(images, prompts[:4])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4, dtype=torch.float64))
+    text = torch.nn.functional.normalize(judge.clip.text_rows(prompts[:4]).double(), dim=1)
+    torch.testing.assert_close(scores, 100 * (features * text).sum(1).clamp(min=0), rtol=1e-4, atol=1e-3)
+    search = make_search(tmp_path, judge=judge, prompts=prompts, trials=4)
+    search.run()
+    assert search.goal.keys == ("rows", "distance") and search.goal.margin == 0.5
+    found = confirm.report(search, tmp_path / "out", confirm.confirm(search, tmp_path / "out"))
+    assert all(s["confirmed"]["distance"]["value"][0] > 0 for s in found["settings"])
+
+
+def test_without_clips_weights_it_says_how_to_get_them(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--clip .*nowhere: no config.json there"):
+        clip.ClipJudge(source=str(tmp_path / "nowhere"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match=r"CLIP, which judges .*no network.*`hf download openai/clip.*--clip FOLDER"):
+        clip.ClipJudge()
+
+
+# ----------------------------------------------------------------------------
+# Presets of one's own.
+
+ENTRY = {"model": 'my "XL".json', "sigma_lo": 0.5, "sigma_hi": math.inf, "weight": 9.0, "weight_everywhere": 7.0,
+         "study": "s", "date": "2026-01-02", "objective": "least rows", "said": "rows lower (-7)",
+         "difference": {"rows": [-7.0, -7.0, -7.0]}}  # fmt: skip
+
+
+def test_presets_of_ones_own_come_after_the_published_ones_and_are_marked():
+    assert presets.all_presets() == presets.PRESETS
+    file = presets.save_mine("mine", ENTRY)
+    presets.save_mine("été 2", ENTRY | {"sigma_hi": 4.0})
+    assert list(presets.all_presets()) == [*presets.PRESETS, "mine (measured by you)", "été 2 (measured by you)"]
+    mine = presets.get_preset("mine")
+    assert mine == presets.get_preset("MINE (measured by you)")
+    assert mine.interval() == Setting(0.5, math.inf, 9.0).interval and (mine.weight, mine.model) == (
+        9.0,
+        'my "XL".json',
+    )
+    assert mine.source == "measured by you: study 's', 2026-01-02, rows lower (-7)"
+    presets.save_mine("mine", ENTRY | {"weight": 8.0})
+    assert presets.get_preset("mine").weight == 8.0 and presets.get_preset("été 2").sigma_hi == 4.0
+    assert 'rows" = [-7.0, -7.0, -7.0]' in file.read_text(encoding="utf-8")
+
+
+def test_a_presets_file_that_is_broken_stops_no_host_and_is_not_overwritten(caplog, tmp_path):
+    file = presets.my_file()
+    for content in (
+        "[mine",
+        '["mine"]\n"sigma_lo" = 1.0\n',
+        '["mine"]\n"model" = "a"\n"sigma_lo" = 5\n"sigma_hi" = 1\n',
+    ):
+        file.write_text(content)
+        assert presets.all_presets() == presets.PRESETS
+        assert str(file) in caplog.text
+    file.write_text("[mine")
+    with pytest.raises(UserError, match=r"presets.toml' cannot be read .*put it right"):
+        presets.save_mine("other", ENTRY)
+    assert file.read_text() == "[mine"
+
+
+def test_without_a_reader_of_toml_the_published_ones_are_there(monkeypatch):
+    presets.save_mine("mine", ENTRY)
+    monkeypatch.setattr(presets, "tomllib", None)
+    assert presets.all_presets() == presets.PRESETS
+    with pytest.raises(UserError, match="pip install tomli"):
+        presets.check_name("mine")
+
+
+@pytest.mark.parametrize("name", ["", "sdxl", "a=b", "a/b", " a", "[x]"])
+def test_names_that_cannot_be(name):
+    with pytest.raises(UserError, match="--save"):
+        presets.check_name(name)
+
+
+def test_the_accordion_lists_them():
+    presets.save_mine("mine", ENTRY)
+    code = (
+        "from guidance_interval.a1111 import settings as st\n"
+        "assert st.PRESET_NAMES[-3] == 'mine (measured by you)', st.PRESET_NAMES\n"
+        "for name in ('mine', 'mine (measured by you)'):\n"
+        "    interval = st.from_controls(name, 0, 1, 'Both passes').interval\n"
+        "    assert (interval.sigma_lo, interval.sigma_hi) == (0.5, float('inf'))\n"
+        "assert st.apply_axes({'preset': 'Mine (measured by you)'}, st.Settings(None)).interval == interval\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_info_tells_the_file(capsys):
+    presets.save_mine("mine", ENTRY)
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert str(presets.my_file()) in out and "measured by you: study 's'" in out
+
+
+# ----------------------------------------------------------------------------
+# Refused.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "one of a workflow, --a1111 URL and --model emoji, got none of them"),
+        (["w.json", "--model", "emoji"], "got 'w.json' and 'emoji'"),
+        (["--model", "emoji", "--server", "http://x"], "--server is for a workflow"),
+        (["--model", "emoji", "--prompts", "EMPTY"], "holds no prompt; write one on each line"),
+        (["--model", "emoji", "--prompts", "NONE"], "cannot be read .No such file"),
+        (["--model", "emoji", "--prompts", "BINARY"], "is not text in UTF-8"),
+        (["--model", "emoji", "--prompts", "CATS"], "the emoji model knows no 'a cat'"),
+        (["--model", "emoji", "--save", "sdxl"], "--save 'sdxl' is a published one"),
+        (["--model", "emoji", "--reference", "x"], "--reference 'x': with --model emoji it is `emoji`"),
+        (["--model", "emoji", "--storage", "nonsense"], "storage 'nonsense' cannot be used"),
+        (["--model", "emoji", "--storage", "sqlite:////no/where/s.db"], "cannot be used"),
+        (["--model", "emoji", "--out", "FILE"], "it is a file"),
+        (["w.json"], "--prompts is missing"),
+        (["w.json", "--prompts", "CATS"], "workflow 'w.json' cannot be read"),
+    ],
+)
+def test_bad_input_is_one_sentence(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_text(" \n\n")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "CATS").write_text("a cat\n")
+    (tmp_path / "FILE").write_text("")
+    code = cli.main(["tune", "--trials", "4", "--images", "4", "--out", "out", *args] if "--out" not in args else
+                    ["tune", *args])  # fmt: skip
+    told = capsys.readouterr().err
+    assert code == 2 and re.search(message, told) and told.count("\n") == 1
+    assert not list(tmp_path.glob("out/*/*.png"))
+
+
+def test_the_emoji_need_no_network_and_dry_run_renders_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tune", "--model", "emoji", "--dry-run", "--reference", "emoji"]) == 0
+    out = capsys.readouterr().out
+    assert "least rows and distance" in out and re.search(r"at most 3,200 images, about \d+ (s|min) at", out)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,289 @@
+"""The command `guidance-interval tune`: from a workflow and prompts to a report and a preset."""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import aligned, output_folder, sole_use
+from . import confirm, objectives, study
+from .backends import everywhere
+from .view import View, duration
+
+PREVIEW = 3  # Prompts that --dry-run shows.
+
+
+def run(
+    source=None,
+    servers=None,
+    a1111=None,
+    model=None,
+    prompts=None,
+    reference=None,
+    device="cpu",
+    clip=None,
+    **options,
+):
+    """Tune one of: a workflow `source` on ComfyUI `servers`; the web UI at `a1111`, with the parameters of a picture
+    `source` if there is one; or the `model` that ships.
+
+    prompts: a text file; reference: a folder of images; clip: of CLIP's weights; options: see `tune`. Raises UserError
+    for what cannot be.
+    """
+    if bool(model) == bool(source or a1111):
+        given = " and ".join(repr(x) for x in (source, a1111, model) if x)
+        raise UserError(f"tune takes one of a workflow, --a1111 URL and --model emoji, got {given or 'none of them'}")
+    if servers and (a1111 or not source):
+        raise UserError("--server is for a workflow of ComfyUI: name its file, and no --a1111")
+    _parse_save(options.get("save"))
+    texts = None if prompts is None else read_prompts(prompts)
+    if model is not None:
+        from .emoji import Emoji, EmojiJudge
+
+        if reference not in (None, EmojiJudge.own_reference):
+            raise UserError(f"--reference {reference!r}: with --model emoji it is `emoji`, the real ones, or left out")
+        backend, judge = Emoji(device), EmojiJudge(device, reference)
+        texts = texts or backend.prompts
+        if unknown := [t for t in texts if t not in backend.prompts]:
+            raise UserError(
+                f"--prompts {prompts!r}: the emoji model knows no {unknown[0]!r}; there are "
+                f"{', '.join(backend.prompts[:5])} and {len(backend.prompts) - 5} more"
+            )
+        return tune(backend, judge, texts, **options)
+    if texts is None:
+        raise UserError("--prompts is missing: a text file, one prompt on a line, 8 or more")
+    if a1111 is not None:
+        from .webui import WebUI
+
+        backend = WebUI(a1111, source)
+    else:
+        from .servers import Comfy
+
+        backend = Comfy(source, servers or ["http://127.0.0.1:8188"])
+    with contextlib.closing(backend):
+        return tune(backend, _judge(backend, device, reference, clip), texts, **options)
+
+
+def _judge(backend, device, reference, clip):
+    """CLIP, or for the demo model in ComfyUI the networks that know it: no weights are needed then."""
+    if getattr(backend, "shows_emoji", False):
+        from .emoji import EmojiJudge
+
+        return EmojiJudge(device, reference)
+    from .clip import ClipJudge
+
+    return ClipJudge(device, reference, clip)
+
+
+def tune(
+    backend,
+    judge,
+    prompts,
+    out,
+    trials=40,
+    images=64,
+    seed=0,
+    name=None,
+    storage=None,
+    save=None,
+    language="en",
+    dry_run=False,
+    sampler="tpe",
+):
+    """Search, confirm, write confirmed.json and report.html to `out`; returns what confirmed.json holds, or None.
+
+    backend: see `backends.py`; judge: `emoji.EmojiJudge` or `clip.ClipJudge`; prompts: [text]. save: `NAME` or
+    `NAME=best-2`. None is returned for a dry run, and where another process confirms. Raises UserError before any image
+    is rendered for what cannot be.
+    """
+    preset, which = _parse_save(save)
+    judge.check(prompts)
+    plan = study.make_plan(name or _name(backend), prompts, trials, images, seed)
+    if dry_run:
+        print("\n".join(_describe(plan, backend, judge)))
+        return None
+    out = output_folder(out)
+    url = storage or f"sqlite:///{out.resolve() / 'study.db'}"
+    with sole_use(out):
+        goal = objectives.goal(judge, backend.sigmas is not None)
+        with View(goal) as view:
+            search = study.Search(plan, backend, judge, study.open_storage(url), out, view, sampler)
+            search.run()
+            if not _is_ours(search, view):
+                return None
+            chosen = confirm.choose(search)
+            view.phase("confirming", (len(chosen) + 1) * plan.images[1])
+            measured = confirm.confirm(search, out)
+        found = confirm.report(search, out, measured)
+        print(table(found), "", *findings(found), sep="\n")
+        from .report import write_report
+
+        print(f"\nwrote {confirm.CONFIRMED} and {Path(write_report(out, language=language)).name} to {out}")
+        if preset:
+            _save(found, preset, which)
+    return found
+
+
+def _name(backend):
+    """A study's name from where its images come from."""
+    return "a1111" if "://" in backend.source else Path(backend.source).stem
+
+
+def _is_ours(search, view):
+    """Whether this process confirms: the one whose folder has the baseline, which began the study."""
+    baseline = next(t for t in search.trials() if t.user_attrs.get("label") == study.BASELINE and t.values)
+    owner = baseline.user_attrs["folder"]
+    if owner == search.mine:
+        return True
+    host, _, folder = owner.partition(":")
+    view.say(
+        f"the search is done. The process that began it, on {host} with --out {folder}, confirms the best settings and "
+        "writes the report; if it has ended, run its command there again"
+    )
+    return False
+
+
+def _parse_save(save):
+    name, _, which = (save or "").partition("=")
+    if save is None:
+        return None, None
+    from ..presets import check_name
+
+    return check_name(name), which or "best-1"
+
+
+def _save(found, name, which):
+    from .. import presets
+
+    setting = next((s for s in found["settings"] if s["id"] == which), None)
+    if setting is None:
+        ids = [s["id"] for s in found["settings"] if s["id"] != "baseline"]
+        raise UserError(f"--save {name}={which}: the study confirmed no {which!r}; there is {', '.join(ids) or 'none'}")
+    base, kept = found["settings"][0], {k: v for k, v in setting["confirmed"].items() if v["difference"]}
+    goal = found["objective"]
+    sides = [f"{word} {' and '.join(keys)}" for word, keys in (("least", goal["minimize"]), ("most", goal["maximize"]))
+             if keys]  # fmt: skip
+    said = [f"{k} {v['verdict']} ({v['difference'][0]:+.3g})" for k, v in kept.items()]
+    entry = {
+        "model": found["source"],
+        "sigma_lo": setting["sigma_lo"],
+        "sigma_hi": math.inf if setting["sigma_hi"] is None else setting["sigma_hi"],
+        "weight": setting["weight"],
+        "weight_everywhere": base["weight"],
+        "study": found["name"],
+        "date": found["created"][:10],
+        "objective": f"{', '.join(sides)}; {goal['bound']['metric']} at most {goal['bound']['margin']:g} lower",
+        "said": "against CFG as it was: " + ", ".join(said),
+        "value": {k: [v for v in c["value"]] for k, c in kept.items()},
+        "difference": {k: [v for v in c["difference"]] for k, c in kept.items()},
+    }
+    file = presets.save_mine(name, entry)
+    print(f"saved {setting['id']} as the preset {name!r} in {file}; ComfyUI and Automatic1111 list it after a restart")
+
+
+# ----------------------------------------------------------------------------
+# What a person reads.
+
+
+def _describe(plan, backend, judge):
+    search, confirmed = plan.images
+    goal = objectives.goal(judge, backend.sigmas is not None)
+    most = plan.trials * search + 5 * confirmed
+    lines = [*backend.describe(), f"goal: {goal}", ""]
+    ranges, speed = study.space(backend), _speed(backend, plan)
+    lines.append(
+        "search: " + ", ".join(f"{k} {lo:.3g} to {hi:.3g}" for k, (lo, hi) in ranges.items()) + " (log scales)"
+    )
+    for label, setting, _ in study.first_trials(backend, ranges):
+        lines.append(f"  first: {label}, {setting}")
+    lines += [
+        f"  {plan.trials} trials of {plan.stages[0] * objectives.SEEDS} to {search} images",
+        f"confirmation: the best three, the baseline and conditional only, {confirmed} images each, "
+        + ("of prompts that the search does not see" if plan.fresh_prompts else
+           f"of the same prompts with fresh seeds (with {study.AT_LEAST} prompts or more, half would be kept for it)"),
+        f"at most {most:,} images" + (f", about {duration(most / speed)} at {speed:.2g} a second" if speed else ""),
+        "prompts of the search: " + "; ".join(dict.fromkeys(b.text for b in plan.search[:PREVIEW])) + "; …",
+    ]  # fmt: skip
+    return lines
+
+
+def _speed(backend, plan):
+    """Images a second, from the first few of the search. What is loaded for the first one is left out."""
+    jobs = [job for block in plan.search[:2] for _, job in block.jobs(everywhere(backend.weight))]
+    times = [time.monotonic(), *(time.monotonic() for _ in backend.render(jobs))]
+    spare = backend.workers  # The first of each.
+    seconds = times[-1] - times[spare]
+    return (len(jobs) - spare) / seconds if seconds > 0 else None
+
+
+def table(found):
+    """The confirmed numbers, with those of the search, as a Markdown table."""
+    kept = found["metrics"]
+    head = ["setting", *[m["key"] for m in kept]]
+    body = []
+    for s in found["settings"]:
+        label = "" if s["label"] == str(_setting(s)) else f" ({s['label']})"
+        body.append([
+            f"{s['id']}: {_setting(s)}{label}",
+            *[_cell(s["confirmed"][m["key"]], m["digits"]) for m in kept],
+        ])  # fmt: skip
+        if s["id"] != "baseline":
+            found_there = [s["search"].get(m["key"]) for m in kept]
+            body.append(["  in the search", *["" if v is None else f"{v[0]:.{m['digits']}f}" for v, m in
+                                              zip(found_there, kept, strict=True)]])  # fmt: skip
+    return aligned(head, body)
+
+
+def _cell(confirmed, digits):
+    value, change = confirmed["value"], confirmed["difference"]
+    if value is None:
+        return ""
+    text = f"{value[0]:.{digits}f}"
+    if change is not None:
+        text += f" ({change[0]:+.{digits}f} [{change[1]:+.{digits}f}, {change[2]:+.{digits}f}])"
+    return text
+
+
+def _setting(entry):
+    return study.from_json([entry["sigma_lo"], entry["sigma_hi"], entry["weight"]])
+
+
+def findings(found):
+    """What the confirmation says, a sentence for each setting."""
+    names = {m["key"]: m for m in found["metrics"]}
+    bound = found["objective"]["bound"]
+    keys = [*found["objective"]["minimize"], *found["objective"]["maximize"], bound["metric"]]
+    lines = []
+    for s in found["settings"][1:]:
+        parts = []
+        for key in keys:
+            change, verdict = s["confirmed"][key]["difference"], s["confirmed"][key]["verdict"]
+            if change is not None:
+                same = change[0] == change[1] == change[2] == 0
+                parts.append(f"{key} {'the same' if same else verdict}"
+                             + ("" if same else f" ({change[0]:+.{names[key]['digits']}f})"))  # fmt: skip
+        lost = s["confirmed"][bound["metric"]]["difference"][2] < -bound["margin"]
+        warning = f"; its {bound['metric']} is surely lower than the margin allows" if lost else ""
+        lines.append(f"{s['id']}, {_setting(s)}, against the baseline on fresh images: {', '.join(parts)}{warning}.")
+    return lines
+
+
+# ----------------------------------------------------------------------------
+# What a person gives.
+
+
+def read_prompts(path):
+    """The prompts of a text file, one on a line; raises UserError, naming the file, without any."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as e:
+        raise UserError(
+            f"--prompts {path!r} cannot be read ({e.strerror}); give a text file, one prompt on a line"
+        ) from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"--prompts {path!r} is not text in UTF-8; give a text file, a prompt on a line") from e
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise UserError(f"--prompts {path!r} holds no prompt; write one on each line, {study.AT_LEAST} or more")
+    return prompts

@@ -1,0 +1,153 @@
+"""The confirmation: the best three and the baseline again, on prompts and seeds that the search never saw.
+
+The best of many noisy trials is partly the luckiest (the winner's curse), so its numbers of the search are too good.
+Those of the confirmation are not: nothing was chosen by them. Both are kept.
+"""
+
+import datetime
+import json
+import math
+import platform
+from importlib import metadata
+
+import torch
+from optuna.trial import TrialState
+
+from .. import __version__
+from ..files import atomic_path
+from . import objectives, study
+from .backends import CONDITIONAL
+from .images import Folder
+from .objectives import SEEDS
+
+CONFIRMED = "confirmed.json"
+
+
+def choose(search, count=3):
+    """`[(id, label, Setting, Trial)]`: the baseline, and the best of those within the bound.
+
+    First those of the front that together improve most on the baseline; if it has fewer than `count`, those of the
+    front without them; at last those that are least beyond the bound: in the search that may be bad luck.
+    """
+    complete = search.trials(TrialState.COMPLETE)
+    baseline = next(t for t in complete if t.user_attrs.get("label") == study.BASELINE)
+    corner, chosen = search.losses(baseline), []
+    rivals = [t for t in complete if t.number != baseline.number]
+    left = [t for t in rivals if beyond(t) <= 0]
+    while left and len(chosen) < count:
+        order = objectives.best([search.losses(t) for t in left], corner, count - len(chosen))
+        chosen += [left[i] for i in order]
+        left = [t for i, t in enumerate(left) if i not in order]
+    chosen += sorted((t for t in rivals if beyond(t) > 0), key=beyond)[: count - len(chosen)]
+    found = [("baseline", study.BASELINE, baseline)]
+    found += [(f"best-{place}", t.user_attrs.get("label", ""), t) for place, t in enumerate(chosen, 1)]
+    return [(i, label, study.from_json(t.user_attrs["setting"]), t) for i, label, t in found]
+
+
+def beyond(trial):
+    """How far a trial is beyond the bound in the search; 0 or less is within."""
+    return max(trial.constraints.values())
+
+
+def confirm(search, out):
+    """Render and measure the chosen settings on the plan's fresh blocks; `{id: measured}`, with `conditional`."""
+    folder, found = Folder(out / "confirmed"), {}
+    for key, _, setting, _ in [*choose(search), ("conditional", "", CONDITIONAL, None)]:
+        found[key] = search.render(setting, search.plan.confirm, folder)
+    return found
+
+
+def report(search, out, confirmed):
+    """Write confirmed.json, all that the report tells, and return it."""
+    plan, backend = search.plan, search.backend
+    kept = [m for m in objectives.metrics(search.judge, backend.sigmas is not None)]
+    base, drift = search.measured(study.BASELINE), search.measured(study.CONDITIONAL_LABEL)
+    settings = []
+    for key, label, setting, trial in choose(search):
+        folder = setting.folder
+        settings.append({
+            "id": key,
+            "label": label or str(setting),
+            **_bounds(setting),
+            "search": _values(kept, trial.user_attrs["measured"], base, drift),
+            "confirmed": {
+                m.key: _confirmed(m.key, confirmed[key], confirmed["baseline"], confirmed["conditional"],
+                                  key == "baseline")
+                for m in kept
+            },
+            "images": [f"confirmed/{folder}/{b.prompt}-{b.first + k}.png" for b in plan.confirm for k in range(SEEDS)],
+            "paste": backend.paste(setting),
+        })  # fmt: skip
+    found = {
+        "name": plan.name,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "source": backend.source,
+        "host": backend.host,
+        "versions": versions(),
+        "seed": plan.seed,
+        "objective": search.goal.describe(),
+        "metrics": [dict(key=m.key, name=m.name, better=m.better, digits=m.digits) for m in kept],
+        "fresh_prompts": plan.fresh_prompts,
+        "prompts": [b.text for b in plan.confirm],
+        "seeds": list(plan.confirm[0].seeds),
+        "image_seeds": [s for b in plan.confirm for s in b.seeds],
+        "trials": _trials(search, kept, base, drift),
+        "settings": settings,
+    }
+    with atomic_path(out / CONFIRMED) as tmp:
+        tmp.write_text(json.dumps(_finite(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
+def _trials(search, kept, base, drift):
+    on_front, found = {t.number for t in search.front()}, []
+    for trial in search.trials(TrialState.COMPLETE, TrialState.FAIL):
+        error = trial.user_attrs.get("error", "")
+        done = trial.state == TrialState.COMPLETE
+        if not done and (not error or error == study.SURPLUS):
+            continue
+        measured = trial.user_attrs["measured"] if done else None
+        found.append({
+            "number": trial.number,
+            "label": trial.user_attrs.get("label", ""),
+            "state": "complete" if done else "failed",
+            "error": error,
+            **_bounds(study.from_json(trial.user_attrs["setting"])),
+            "images": objectives.num_blocks(measured) * SEEDS if done else 0,
+            "values": _values(kept, measured, base, drift) if done else {},
+            "front": trial.number in on_front,
+        })  # fmt: skip
+    return found
+
+
+def _values(kept, measured, base, drift):
+    values = {m.key: objectives.value(measured, base, m.key, drift) for m in kept}
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _confirmed(key, measured, base, drift, is_baseline):
+    change = None if is_baseline else objectives.difference(measured, base, key, drift)
+    return {
+        "value": objectives.value(measured, measured, key, drift),
+        "difference": change,
+        "verdict": objectives.verdict(change),
+    }
+
+
+def _bounds(setting):
+    hi = None if setting.sigma_hi == math.inf else setting.sigma_hi
+    return {"sigma_lo": setting.sigma_lo, "sigma_hi": hi, "weight": setting.weight}
+
+
+def _finite(value):
+    """JSON has no infinity: what has no end is null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions():
+    found = {"guidance_interval": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return found | {name: metadata.version(name) for name in ("optuna", "numpy")}

@@ -1,0 +1,127 @@
+"""The model that ships as a backend and a judge: the tuner offline, for the example, the tests and the benchmark."""
+
+import functools
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..lab import data, model
+from ..lab.demo import DEFAULTS
+from ..lab.sampling import evaluations, get_sampler, karras_sigmas, schedule_args
+from ..lab.sweep import measured_by
+from ..measure.metrics import frechet_distance
+from ..noise_level import rescale_sigma
+from ..sampler_patch import CFGDenoiser, GuidanceInterval
+from . import backends
+from .backends import Rendered
+
+SAMPLER, STEPS = "dpmpp_2m", 12
+BATCH = 64
+ENLARGE = 4  # Of the pixels in files, for the eyes.
+
+
+@functools.lru_cache(maxsize=2)
+def load(device):
+    return model.load(model.shipped()["emoji"], device)
+
+
+class Emoji:
+    """A backend. Prompts are the names of Unicode's subgroups.
+
+    Its settings are for data of unit scale, as in ComfyUI: the model's own noise levels are half of them.
+    """
+
+    host, source, workers = "emoji", "emoji", 0
+    weight = DEFAULTS["emoji"].strong
+
+    def __init__(self, device="cpu"):
+        self.lab, self.device, self.steps = load(device), device, STEPS
+        self.prompts = list(self.lab.config["classes"])
+        own, _ = evaluations(SAMPLER, self.steps)
+        self.sigmas = rescale_sigma(own, self.lab.config["sigma_data"])
+        self.identity = {"model": measured_by(self.lab)["weights"], "sampler": SAMPLER, "steps": self.steps}
+
+    def render(self, jobs):
+        by_setting = {}
+        for i, job in enumerate(jobs):
+            by_setting.setdefault(job.setting, []).append(i)
+        for setting, members in by_setting.items():
+            for start in range(0, len(members), BATCH):
+                part, begin = members[start : start + BATCH], time.perf_counter()
+                x, rows = self.sample(setting, [jobs[i] for i in part])
+                seconds = (time.perf_counter() - begin) / len(part)
+                for i, image in zip(part, self.to_images(x), strict=True):
+                    yield i, Rendered(image, rows, seconds)
+
+    @torch.inference_mode()
+    def sample(self, setting, jobs):
+        """`(x [N, C, H, W] on the model's scale, rows an image)`; each image has the noise of its own seed."""
+        lab, sigmas = self.lab, karras_sigmas(self.steps, self.device)
+        size = lab.config["image_size"]
+        x = torch.stack([torch.randn(3, size, size, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
+        labels = torch.tensor([self.prompts.index(job.prompt) for job in jobs], device=self.device)
+        bounds = (rescale_sigma(s, 1.0, lab.config["sigma_data"]) for s in (setting.sigma_lo, setting.sigma_hi))
+        denoiser, sampler = CFGDenoiser(lab.denoiser, GuidanceInterval(*bounds)), get_sampler(SAMPLER)
+        extra_args = dict(
+            cond={"class_cond": labels},
+            uncond={"class_cond": torch.full_like(labels, lab.denoiser.null_class)},
+            cond_scale=setting.weight,
+        )
+        x = x.to(self.device) * sigmas[0]
+        x = sampler(denoiser, x, *schedule_args(sampler, sigmas), extra_args=extra_args, disable=True)
+        return x, denoiser.rows / len(jobs)
+
+    def to_pixels(self, x):
+        """uint8 [N, 3, H, W] of x on the model's scale."""
+        mean, std = self.lab.config["pixel_mean"], self.lab.config["pixel_std"]
+        return (x * (std / data.SIGMA_DATA) + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+
+    def to_images(self, x):
+        pixels = self.to_pixels(x).repeat_interleave(ENLARGE, 2).repeat_interleave(ENLARGE, 3)
+        return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    def describe(self):
+        return [f"model: the emoji that ship, {SAMPLER}, {self.steps} steps, on {self.device}"]
+
+    paste = staticmethod(backends.paste)
+
+    def close(self):
+        """There is no connection."""
+
+
+class EmojiJudge:
+    """Adherence by the classifier, variety and distance by the ruler, a network that never saw the classes."""
+
+    adherence = "Adherence (classifier's probability of the prompt, %)"
+    margin, digits = 5.0, 1
+    distance_name, own_reference = "Distance (1000 FD, ruler)", "emoji"
+
+    def __init__(self, device="cpu", reference=None):
+        self.lab, self.device, self.reference = load(device), device, reference
+        self.identity = f"emoji/1 {measured_by(self.lab)['weights']}"
+
+    def check(self, prompts):
+        """Nothing is missing."""
+
+    def measure(self, images, prompts):
+        """`(features [N, D], adherence [N])` of PIL images and their prompts, float64."""
+        size = (self.lab.config["image_size"],) * 2
+        pixels = np.stack([np.asarray(i.convert("RGB").resize(size, Image.Resampling.BOX)) for i in images])
+        return self.measure_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2), prompts)
+
+    @torch.inference_mode()
+    def measure_pixels(self, pixels, prompts):
+        """As `measure`, of uint8 [N, 3, H, W]."""
+        config = self.lab.config
+        x = data.to_model(pixels, config["pixel_mean"], config["pixel_std"]).to(self.device)
+        labels = torch.tensor([config["classes"].index(p) for p in prompts])
+        probability = self.lab.classifier(x)[1].softmax(1).cpu()[torch.arange(len(labels)), labels]
+        return self.lab.ruler(x).cpu().double(), 100 * probability.double()
+
+    def distance(self, features):
+        """`(value, influence [N])` of the distance to the real images."""
+        real = self.lab.reference
+        value, moved = frechet_distance(features, real["mean"].cpu(), real["cov"].cpu(), influence=True)
+        return 1000 * value, 1000 * moved

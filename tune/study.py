@@ -1,0 +1,440 @@
+"""The search: an Optuna study that several processes may share, and that goes on after any of them was killed.
+
+The storage is Optuna's, and so is what keeps processes apart: trials are handed out by it, a trial whose process gives
+no sign of life is failed and queued again by its heartbeat. A process's own trials are known by its output folder, of
+which it has the sole use (`files.sole_use`): what still runs under that name when it starts was killed with it.
+
+Images are dear, so a trial races: it begins with a few blocks of images, and gets more while it may still be on the
+front, by intervals of paired differences, until it has as many as the baseline.
+"""
+
+import contextlib
+import math
+import os
+import random
+import socket
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from ..errors import UserError
+from ..presets import get_preset
+from . import objectives
+from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
+from .images import Folder
+from .objectives import SEEDS
+
+HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
+BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl"
+OPEN = 100.0  # Above it there is hardly any image left: as good as no bound.
+SURPLUS = "surplus: another process has it, or had begun the last one"
+
+# Of the three that were compared on the emoji model, benchmarks/tune_quality.py.
+SAMPLERS = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}
+
+
+# ----------------------------------------------------------------------------
+# The plan.
+
+
+@dataclass(frozen=True)
+class Block:
+    """One prompt and its seeds; `prompt` and `first` are its indices in the file names."""
+
+    prompt: int
+    first: int
+    text: str
+    seeds: tuple
+
+    def jobs(self, setting):
+        """`[((prompt, seed) indices, Job)]`."""
+        return [((self.prompt, self.first + k), Job(setting, self.text, s)) for k, s in enumerate(self.seeds)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study does; the same for all that join it.
+
+    stages: numbers of blocks at which a trial is judged; search, confirm: Blocks. fresh_prompts: whether those of the
+    confirmation are others than those of the search.
+    """
+
+    name: str
+    trials: int
+    seed: int
+    stages: tuple
+    search: tuple
+    confirm: tuple
+    fresh_prompts: bool
+
+    @property
+    def images(self):
+        """Of a trial, at most, and of a setting in the confirmation."""
+        return len(self.search) * SEEDS, len(self.confirm) * SEEDS
+
+
+AT_LEAST = 8  # Prompts, from which on half of them are kept for the confirmation.
+
+
+def make_plan(name, prompts, trials, images, seed, confirm_images=None, screen=16):
+    """The `Plan` for prompts [text]; numbers of images are rounded up to whole blocks."""
+    blocks = -(-images // SEEDS)
+    confirmed = max(-(-(confirm_images or max(64, 2 * images)) // SEEDS), 2)
+    draw = random.Random(seed)
+    order = draw.sample(list(prompts), len(prompts))
+    fresh = len(order) >= AT_LEAST
+    later = order[-min(confirmed, len(order) // 2) :] if fresh else order
+    sooner = order[: len(order) - len(later)] if fresh else order
+    first = draw.randrange(2**30)
+    stages, stage = [], max(1, screen // SEEDS)
+    while stage < blocks:
+        stages.append(stage)
+        stage *= 2
+    return Plan(
+        name, trials, seed, (*stages, blocks), _blocks(sooner, blocks, first), _blocks(later, confirmed, first + 2**30),
+        fresh,
+    )  # fmt: skip
+
+
+def _blocks(prompts, count, first_seed):
+    """Every image has a seed of its own: the same noise under two prompts makes them alike, and intervals narrow."""
+    found = []
+    for b in range(count):
+        p, group = b % len(prompts), b // len(prompts)
+        seeds = tuple(first_seed + b * SEEDS + k for k in range(SEEDS))
+        found.append(Block(p, group * SEEDS, prompts[p], seeds))
+    return tuple(found)
+
+
+def space(backend):
+    """`{name: (low, high)}` of the search, each on a log scale.
+
+    sigma_lo is within a factor of three of the published ones, 0.28 to 1.2. sigma_hi goes to the top of the schedule:
+    where the prompt is decided early, none of it can be given up. In an interval the best weight is higher than
+    everywhere, so there is more room above.
+    """
+    low, high = (0.0, OPEN) if backend.sigmas is None else in_space(backend.sigmas)
+    extra = backend.weight - 1
+    ranges = {"sigma_lo": (max(0.1, 0.9 * low), 3.0), "sigma_hi": (1.0, min(OPEN, 1.01 * high))}
+    if any(lo >= hi for lo, hi in ranges.values()):  # An image that is only retouched: the schedule is short.
+        ranges = {"sigma_lo": (0.9 * low, math.sqrt(low * high)), "sigma_hi": (math.sqrt(low * high), 1.01 * high)}
+    return ranges | {"weight": (round(1 + extra / 4, 3), round(1 + 3 * extra, 3))}
+
+
+def suggest(trial, ranges):
+    """The Setting of a trial, rounded to what is pasted: what is measured is what is told."""
+    values = {k: trial.suggest_float(k, low, high, log=True) for k, (low, high) in ranges.items()}
+    lo, hi = sorted(float(f"{values[k]:.3g}") for k in ("sigma_lo", "sigma_hi"))
+    return Setting(lo, hi if lo < hi else float(f"{1.05 * hi:.3g}"), float(f"{values['weight']:.3g}"))
+
+
+def first_trials(backend, ranges):
+    """`[(label, Setting, parameters)]` that every study begins with; the parameters are the nearest in the space."""
+    lo, hi, weight = (ranges[k] for k in ("sigma_lo", "sigma_hi", "weight"))
+    preset = get_preset(PRESET).interval()
+
+    def within(value, ends):
+        return min(max(value, ends[0]), ends[1])
+
+    return [
+        (BASELINE, everywhere(backend.weight), {"sigma_lo": lo[0], "sigma_hi": hi[1], "weight": backend.weight}),
+        (CONDITIONAL_LABEL, CONDITIONAL, {"sigma_lo": lo[0], "sigma_hi": hi[0], "weight": weight[0]}),
+        (
+            f"preset {PRESET}",
+            Setting(preset.sigma_lo, preset.sigma_hi, backend.weight),
+            {
+                "sigma_lo": within(preset.sigma_lo, lo),
+                "sigma_hi": within(preset.sigma_hi, hi),
+                "weight": backend.weight,
+            },
+        ),
+    ]
+
+
+# ----------------------------------------------------------------------------
+# The storage.
+
+
+def open_storage(url):
+    """Optuna's storage for a URL: a database of SQLAlchemy's, or grpc://HOST:PORT. Raises UserError if it is none."""
+    try:
+        if url.startswith("grpc://"):
+            host, _, port = url.removeprefix("grpc://").partition(":")
+            storage = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+            storage.wait_server_ready(timeout=10)
+            return storage
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        sqlite = url.startswith("sqlite:")
+        return optuna.storages.RDBStorage(
+            url,
+            engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
+    except Exception as e:  # Of SQLAlchemy, of its drivers, of gRPC.
+        raise UserError(
+            f"storage {url!r} cannot be used ({_first_line(e)}); give a database's URL, like "
+            "postgresql+psycopg://user:password@host/name or sqlite:///study.db, or leave it out"
+        ) from e
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Later(Exception):
+    """A trial cannot be judged before another one, which waits."""
+
+
+class Search:
+    """One process's part in a study.
+
+    view: what is told of `images(count)`, `trial(...)`; sampler: one of SAMPLERS. Raises UserError when the study of
+    this name is another one's.
+    """
+
+    def __init__(self, plan, backend, judge, storage, out, view, sampler="tpe"):
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.plan, self.backend, self.judge, self.view = plan, backend, judge, view
+        self.goal = objectives.goal(judge, backend.sigmas is not None)
+        self.folder = Folder(Path(out) / "images")
+        self.mine = f"{socket.gethostname()}:{Path(out).resolve()}"
+        self.ranges = space(backend)
+        created = True
+        try:
+            self.study = optuna.create_study(storage=storage, study_name=plan.name, directions=self.goal.directions)
+        except optuna.exceptions.DuplicatedStudyError:
+            created = False
+            self.study = optuna.load_study(storage=storage, study_name=plan.name)
+        # One that goes on must not draw again what was drawn.
+        seed = plan.seed if created else int.from_bytes(os.urandom(4), "little")
+        self.study.sampler = SAMPLERS[sampler](seed)
+        self._check_identity()
+        self.study.set_metric_names(list(self.goal.keys))
+        self._recover()
+        if not created:
+            self._await_first()
+        self._enqueue_first()
+
+    @property
+    def identity(self):
+        """What all trials of the study have in common."""
+        prompts = sorted({b.text for b in (*self.plan.search, *self.plan.confirm)})
+        return {
+            "source": self.backend.source,
+            "weight": self.backend.weight,
+            "images": self.plan.images[0],
+            "seed": self.plan.seed,
+            "prompts": _digest(prompts),
+            "judge": self.judge.identity,
+            "objective": str(self.goal),
+            **self.backend.identity,
+        }
+
+    def _check_identity(self):
+        known = self.study.user_attrs.get("identity")
+        if known is None:
+            self.study.set_user_attr("identity", self.identity)
+            return
+        names = {"weight": "cfg", "images": "--images", "seed": "--seed"}
+        ours = self.identity
+        differing = [
+            "other prompts" if k == "prompts" else f"{names.get(k, k)} {known.get(k)!r}, not {ours.get(k)!r}"
+            for k in sorted({*known, *ours})
+            if known.get(k) != ours.get(k)
+        ]
+        if differing:
+            raise UserError(
+                f"the study {self.plan.name!r} in this storage is another one, with {'; '.join(differing)}: choose "
+                "another --name, or give what it was begun with"
+            )
+
+    def trials(self, *states):
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def _recover(self):
+        """Queue again what this output folder's process was at when it was stopped or killed."""
+        storage, retry = self.study._storage, optuna.storages.RetryHeartbeatStaleTrialCallback()
+        trials = self.trials()
+        followed = {n for t in trials for n in t.system_attrs.get("retry_history", [])}
+        for trial in trials:
+            if trial.user_attrs.get("folder") != self.mine:
+                continue
+            lost = trial.state == TrialState.FAIL and "error" not in trial.user_attrs and self._settled(trial)
+            if trial.state == TrialState.RUNNING:
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    lost = storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            if lost and trial.number not in followed:
+                retry(self.study, self.study.trials[trial.number])
+
+    @staticmethod
+    def _settled(trial):
+        """Whether nobody is just about to queue it again: it was interrupted here, or failed a while ago."""
+        ended = trial.datetime_complete.timestamp() if trial.datetime_complete else 0
+        return "interrupted" in trial.user_attrs or time.time() - ended > GRACE
+
+    def _labels(self):
+        """Of the first trials that are queued, under way or complete."""
+        return {t.user_attrs.get("label") for t in self.trials() if _counts(t) and not t.user_attrs.get("error")}
+
+    def _await_first(self):
+        """Give the process that has just made the study a few seconds to queue the first trials."""
+        deadline, wanted = time.monotonic() + 5, {label for label, *_ in first_trials(self.backend, self.ranges)}
+        while not wanted <= self._labels() and not self.trials(TrialState.FAIL) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _enqueue_first(self):
+        known = self._labels()
+        for label, setting, params in first_trials(self.backend, self.ranges):
+            if label not in known:
+                self.study.enqueue_trial(params, user_attrs={"label": label, "setting": _as_json(setting)})
+
+    def _is_surplus(self, trial):
+        """Whether other processes had begun all that there are to be, or queued the same first one."""
+        counted = [t for t in self.trials() if _counts(t)]
+        if trial.number in [t.number for t in counted][self.plan.trials :]:
+            return True
+        label = trial.user_attrs.get("label")
+        return label is not None and any(
+            t.number < trial.number and t.user_attrs.get("label") == label and "error" not in t.user_attrs
+            for t in counted
+        )
+
+    # ------------------------------------------------------------------------
+    # The work.
+
+    def run(self):
+        """Take part until all trials are done; returns the complete ones. Raises UserError without a baseline."""
+        while True:
+            trials = self.trials()
+            states = Counter(t.state for t in trials if _counts(t))
+            self.view.trials(states[TrialState.COMPLETE] + states[TrialState.FAIL], self.plan.trials, self.front())
+            if states[TrialState.WAITING] or (self.measured(BASELINE) and sum(states.values()) < self.plan.trials):
+                self.study.optimize(self._objective, n_trials=1, catch=(Refused, _Later))
+                self._check_baseline()
+            elif states[TrialState.RUNNING]:
+                self.view.waiting(states[TrialState.RUNNING])
+                time.sleep(1)
+                optuna.storages.fail_stale_trials(self.study)
+            else:
+                self._check_baseline()
+                return self.trials(TrialState.COMPLETE)
+
+    def measured(self, label):
+        """What the complete trial of this label measured, or None."""
+        for trial in self.trials(TrialState.COMPLETE):
+            if trial.user_attrs.get("label") == label:
+                return trial.user_attrs["measured"]
+        return None
+
+    def _check_baseline(self):
+        """Raise UserError if what all is compared with has failed, in the host's words."""
+        known = [t for t in self.trials() if t.user_attrs.get("label") == BASELINE and _counts(t)]
+        if known and all(t.state == TrialState.FAIL for t in known):
+            raise UserError(f"{BASELINE} cannot be rendered: {known[-1].user_attrs.get('error', 'it failed')}")
+
+    def _objective(self, trial):
+        trial.set_user_attr("folder", self.mine)
+        given = trial.user_attrs.get("setting")
+        setting = suggest(trial, self.ranges) if given is None or "label" not in trial.user_attrs else from_json(given)
+        if "label" in trial.user_attrs:
+            suggest(trial, self.ranges)  # The sampler learns from it too.
+        trial.set_user_attr("setting", _as_json(setting))
+        try:
+            return self._race(trial, setting)
+        except Refused as e:
+            trial.set_user_attr("error", str(e))
+            self.view.failed(trial.number, setting, str(e))
+            raise
+        except _Later:  # Behind the baseline, in the order of the queue.
+            optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
+            raise
+        except KeyboardInterrupt:
+            trial.set_user_attr("interrupted", True)
+            raise
+
+    def _race(self, trial, setting):
+        if self._is_surplus(trial):
+            raise Refused(SURPLUS)
+        label = trial.user_attrs.get("label")
+        for stage in self.plan.stages:
+            measured = self.render(setting, self.plan.search[:stage], self.folder)
+            if label in (BASELINE, CONDITIONAL_LABEL) and stage < self.plan.stages[-1]:
+                continue
+            baseline = measured if label == BASELINE else self._baseline()
+            rivals = [t.user_attrs["measured"] for t in self.front()]
+            if label is None and objectives.is_lost(self.goal, measured, baseline, rivals):
+                break
+        trial.set_user_attr("measured", measured)
+        trial.set_constraint(self.goal.bound, objectives.violation(self.goal, measured, baseline))
+        return [objectives.value(measured, baseline, key)[0] for key in self.goal.keys]
+
+    def _baseline(self):
+        """What the baseline measured; waits for the process that is at it. Raises _Later where there is none."""
+        while (found := self.measured(BASELINE)) is None:
+            self._check_baseline()
+            if any(t.user_attrs.get("label") == BASELINE for t in self.trials(TrialState.WAITING)):
+                raise _Later
+            time.sleep(1)
+            optuna.storages.fail_stale_trials(self.study)
+        return found
+
+    def front(self):
+        """The complete trials that no other one beats, of those within the bound; by cost."""
+        trials = [t for t in self.trials(TrialState.COMPLETE) if max(t.constraints.values()) <= 0]
+        kept = objectives.front([self.losses(t) for t in trials])
+        return sorted((trials[i] for i in kept), key=self.losses)
+
+    def losses(self, trial):
+        return tuple(s * v for s, v in zip(self.goal.signs(), trial.values, strict=True))
+
+    def render(self, setting, blocks, folder):
+        """What the blocks of a setting measure; images that the folder has are not rendered again."""
+        wanted = [pair for block in blocks for pair in block.jobs(setting)]
+        have = {at: found for at, job in wanted if (found := folder.get(at, job))}
+        todo = [(at, job) for at, job in wanted if at not in have]
+        for i, rendered in self.backend.render([job for _, job in todo]):
+            at, job = todo[i]
+            have[at] = folder.put(at, job, rendered)
+            self.view.image()
+        got = [have[at] for at, _ in wanted]
+        return objectives.measure(
+            self.judge,
+            [r.image for r in got],
+            [job.prompt for _, job in wanted],
+            [r.rows for r in got],
+            [r.seconds for r in got],
+            [s for s in self.plan.stages if s <= len(blocks)] if folder is self.folder else [len(blocks)],
+        )
+
+
+def _counts(trial):
+    """Whether it is one of the study's trials: not one that was lost with its process, nor surplus."""
+    return trial.state != TrialState.FAIL or trial.user_attrs.get("error", SURPLUS) != SURPLUS
+
+
+def _as_json(setting):
+    hi = None if setting.sigma_hi == math.inf else setting.sigma_hi
+    return [setting.sigma_lo, hi, setting.weight]
+
+
+def from_json(values):
+    lo, hi, weight = values
+    return Setting(lo, math.inf if hi is None else hi, weight)
+
+
+def _digest(texts):
+    import hashlib
+
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
