@@ -1,7 +1,6 @@
 """What the interval saves on a GPU, at the sizes of real models with random weights: seconds, syncs, kernels, graphs.
 
     python benchmarks/gpu.py [--minutes 8] [--json out/performance.json]    measure; nothing is downloaded
-    python benchmarks/gpu.py --write                                        docs/performance.md from the JSON
 
 ComfyUI is the one that COMFYUI_PATH names, or else the one that `make test` installs. The settings of a configuration
 run in turn, in an order that rotates, and ours is compared with the floor of its own round: what the run would take if
@@ -14,7 +13,6 @@ import contextlib
 import gc
 import importlib.util
 import json
-import logging
 import os
 import platform
 import signal
@@ -35,8 +33,8 @@ JSON_FILE = ROOT / "docs" / "results" / "performance.json"
 INTERVAL = (0.28, 5.42)
 WEIGHT = 7.0
 EAGER, COMPILED, GRAPHS = "eager", "compiled", "CUDA graphs"
-CFG, COND, OURS, OVERRIDE, TOLD = "CFG", "conditional only", "ours", "the host's CFG Override", "ours, never reading sigma"
-log = logging.getLogger("gpu")
+CFG, COND, OURS = "CFG", "conditional only", "ours"
+OVERRIDE, TOLD = "the host's CFG Override", "ours, never reading sigma"
 
 
 @dataclass(frozen=True)
@@ -297,7 +295,12 @@ class ComfyRuns:
     def conds(self, config):
         tokens, width = NETWORKS[config.network].tokens
         return [
-            [[torch.randn(1, tokens if not self.networks.tiny else 7, width), {"pooled_output": torch.randn(1, pooled)}]]
+            [
+                [
+                    torch.randn(1, tokens if not self.networks.tiny else 7, width),
+                    {"pooled_output": torch.randn(1, pooled)},
+                ]
+            ]
             for pooled in [2048 if config.network == "flow" else 1280] * 2
         ]
 
@@ -596,11 +599,10 @@ def measure(config, runs, device, until):
 def compared(row, steps):
     """Each round of each setting over the floor of that round."""
     s, guided = row["settings"], row["guided_steps"]
-    # By rows, which holds for Heun's evaluations too.
-    b = s[COND]["rows"] / max(s[COND]["evaluations"], 1)
+    # The share of guided evaluations by rows, which holds for Heun's too.
     share = (s[OURS]["rows"] - s[COND]["rows"]) / (s[CFG]["rows"] - s[COND]["rows"])
     floors = [f * share + c * (1 - share) for f, c in zip(s[CFG]["seconds"], s[COND]["seconds"], strict=True)]
-    row |= {"share": share, "batch_rows": b, "steps": steps, "floor": statistics.median(floors), "guided": guided}
+    row |= {"share": share, "steps": steps, "floor": statistics.median(floors), "guided": guided}
     for setting in s.values():
         ratios = [t / f for t, f in zip(setting["seconds"], floors, strict=True)]
         setting["over_floor"] = {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
@@ -641,7 +643,6 @@ def machine(device, host):
         except (OSError, IndexError, subprocess.SubprocessError) as e:
             found["driver"] = f"unknown ({type(e).__name__})"
         found |= {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        found["triton"] = getattr(__import__("triton"), "__version__", None) if importlib.util.find_spec("triton") else None
     try:
         from importlib.metadata import version
 
@@ -703,7 +704,8 @@ def run_plan(plan, runs_of, device, minutes, save):
         rows.append(row)
         save(rows)
         ratio = row["settings"][OURS]["over_floor"]["median"] if "settings" in row else row["error"]
-        print(f"{row['took']:6.1f} s  {name}: {ratio if isinstance(ratio, str) else f'{ratio:.4f} of the floor'}", flush=True)
+        said = ratio if isinstance(ratio, str) else f"{ratio:.4f} of the floor"
+        print(f"{row['took']:6.1f} s  {name}: {said}", flush=True)
     return rows
 
 
@@ -721,15 +723,8 @@ def main():
     parser.add_argument("--only", default="", help="configurations whose name has this, as `CFGDenoiser` or `compiled`")
     parser.add_argument("--pack", action="append", default=[], type=Pack, metavar="FOLDER:NODE[:JSON]")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, for a CPU: to see that it works")
-    parser.add_argument("--write", action="store_true", help="measure nothing: write the page from --json")
     args = parser.parse_args()
     own_package()
-    if args.write:
-        sys.path.insert(0, str(Path(__file__).parent))
-        import gpu_report
-
-        gpu_report.write(json.loads(args.json.read_text()))
-        return
     if not torch.cuda.is_available() and not args.tiny:
         parser.error("no CUDA GPU here; --tiny runs small networks on the CPU")
     device = torch.device("cpu" if args.tiny else "cuda")
