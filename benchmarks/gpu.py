@@ -331,7 +331,7 @@ class ComfyRuns:
             vars(guider).pop(name, None)
 
 
-def Told(lo, hi, decisions):  # noqa: N802 (makes an interval)
+def Told(lo, hi, decisions):
     """The interval, with each evaluation's decision known before: what reading sigma costs is the difference."""
     from guidance_interval import GuidanceInterval
 
