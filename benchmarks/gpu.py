@@ -39,7 +39,7 @@ OVERRIDE, TOLD = "the host's CFG Override", "ours, never reading sigma"
 
 @dataclass(frozen=True)
 class Config:
-    """One row. network: a key of NETWORKS; through: "ComfyUI" or "CFGDenoiser"; seconds: what it is expected to take."""
+    """One row. network: a key of NETWORKS; through: "ComfyUI" or "CFGDenoiser"; seconds: what it may take."""
 
     network: str
     batch: int
