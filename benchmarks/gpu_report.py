@@ -1,0 +1,171 @@
+"""docs/performance.md and its figure, from what `gpu.py` measured."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from gpu import CFG, COND, EAGER, GRAPHS, JSON_FILE, NETWORKS, OURS, OVERRIDE, TOLD
+from guidance_interval.files import aligned, atomic_path
+from guidance_interval.lab.plots import GUIDED, INK
+from matplotlib import pyplot as plt
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def write(content, docs=DOCS):
+    """Write performance.md and images/performance.png in the folder `docs`, whole or not at all."""
+    figure = docs / "images" / "performance.png"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    drawn = draw(content["rows"], figure)
+    with atomic_path(docs / "performance.md") as tmp:
+        tmp.write_text(page(content, drawn))
+    print(f"wrote {docs / 'performance.md'}")
+
+
+def done(rows):
+    return [row for row in rows if "settings" in row]
+
+
+def title(row):
+    c = row["config"]
+    name = NETWORKS[c["network"]].title + (f", latent {' x '.join(map(str, c['size']))}" if c["size"] else "")
+    return f"{name}, batch {c['batch']}, {c['sampler']}" + ("" if c["form"] == EAGER else f", {c['form']}")
+
+
+def seconds(row, name):
+    setting = row["settings"].get(name)
+    return f"{setting['median']:.2f}" if setting else ""
+
+
+def times_as_fast(row):
+    return statistics.median(
+        a / b for a, b in zip(row["settings"][CFG]["seconds"], row["settings"][OURS]["seconds"], strict=True)
+    )
+
+
+def over_floor(setting):
+    r = setting["over_floor"]
+    return f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+
+
+def page(content, drawn):
+    m, rows = content["machine"], done(content["rows"])
+    software = ", ".join(
+        f"{k} {m[k]}" for k in ("comfyui", "torch", "cuda", "triton", "k_diffusion", "python") if m.get(k)
+    )
+    interval = f"({content['interval'][0]:g}, {content['interval'][1]:g}]"
+    body, counted = [], []
+    for row in rows:
+        s, extra = row["settings"], [n for n in row["settings"] if n not in (CFG, COND, OURS, OVERRIDE, TOLD)]
+        packs = "; ".join(f"{n} {seconds(row, n)}" for n in extra)
+        taken = (seconds(row, n) for n in (CFG, COND, OURS, OVERRIDE))
+        guided = f"{row['guided_steps']} of {row['steps']}"
+        body.append([title(row), guided, *taken, over_floor(s[OURS]), f"{times_as_fast(row):.2f}", packs])
+        found = {n: s[n]["counts"] for n in (OURS, CFG) if s.get(n, {}).get("counts")}
+        per = lambda name, what, found=found: (  # noqa: E731
+            "" if found.get(name, {}).get(what) is None else f"{found[name][what] / found[name]['evaluations']:g}"
+        )
+        peak = found.get(OURS, {}).get("peak")
+        counted.append([
+            title(row), per(OURS, "syncs"), per(CFG, "syncs"), per(OURS, "kernels"), per(CFG, "kernels"),
+            f"{row['graphs_first']}, then {row['graphs_later']}", f"{peak / 2**30:.1f}" if peak else "",
+        ])  # fmt: skip
+    missing = [f"- {title(row)}: {row['error'].splitlines()[0]}" for row in content["rows"] if "error" in row]
+    head = [
+        "",
+        "guided steps",
+        "CFG",
+        "conditional only",
+        "ours",
+        "CFG Override",
+        "ours over the floor",
+        "CFG / ours",
+        "",
+    ]
+    if not any(r[-1] for r in body):
+        head, body = head[:-1], [r[:-1] for r in body]
+    counts_head = ["", "syncs, ours", "syncs, CFG", "kernels, ours", "kernels, CFG", "graphs", "peak GiB"]
+    text = (
+        "# Performance\n\n"
+        f"Written by `python benchmarks/gpu.py --write` from `{JSON_FILE.name}`, which `python benchmarks/gpu.py` "
+        f"measured in one run on one {m['card']} (driver {m.get('driver', 'unknown')}; {software}). Networks have "
+        f"their real sizes and random weights; the interval is {interval}, and (0.1, 3.5] for the emoji model.\n\n"
+        "## Seconds against the floor\n\n"
+        "The *floor* is what a run would take if each evaluation cost what its rows cost: from the runs of CFG and of "
+        "the conditional prediction alone in the same round. Medians of rounds in which the settings run in turn; in "
+        "brackets the lowest and the highest round. *CFG Override* is the host's own node, set to weight 1 outside the "
+        "same steps.\n\n"
+        f"{aligned(head, body)}\n\n"
+    )  # fmt: skip
+    if drawn:
+        text += (
+            "![Seconds of a run against the share of guided steps, with the floor drawn through]"
+            "(images/performance.png)\n\n"
+        )
+    text += batch_one(rows)
+    text += (
+        "## Syncs, kernels, graphs, memory\n\n"
+        "For each evaluation, of two evaluations of which one is guided: times that the host waits for the GPU, and "
+        "kernels. *Graphs*: those that `torch.compile` made in the first run of all settings, and after it.\n\n"
+        f"{aligned(counts_head, counted)}\n"
+    )
+    if told := [r for r in rows if TOLD in r["settings"]]:
+        gained = [
+            f"{r['settings'][TOLD]['median'] / r['settings'][OURS]['median'] - 1:+.1%} ({title(r)})" for r in told
+        ]
+        text += (
+            "\nWith every decision known in advance, so that sigma is never read, a run changes by "
+            f"{', '.join(gained)}. The sync stays: only reading sigma shows that a sampler keeps to its "
+            "schedule.\n"
+        )
+    if missing:
+        text += "\n## Not measured\n\n" + "\n".join(missing) + "\n"
+    return text
+
+
+def batch_one(rows):
+    """The plain sentence for a single image, from the rows that there are."""
+    single = [r for r in rows if r["config"]["batch"] == 1 and r["config"]["through"] == "ComfyUI"]
+    if not single:
+        return ""
+    lines = []
+    for row in single:
+        s, helped = row["settings"], "" if row["config"]["form"] != GRAPHS else " with CUDA graphs"
+        bound = s[CFG]["median"] / s[COND]["median"]
+        lines.append(
+            f"- {title(row)}: twice the rows take {bound:.2f} times as long{helped}; in the interval a run is "
+            f"{times_as_fast(row):.2f} times as fast as with CFG."
+        )
+    return (
+        "## One image at a time\n\n"
+        "A fast GPU may wait for its next kernel rather than compute. Then half the rows take more than half of the "
+        "time, and the interval saves less than its rows:\n\n" + "\n".join(lines) + "\n\n"
+    )
+
+
+def draw(rows, path):
+    """Seconds against the share of guided steps; returns whether there was anything to draw."""
+    shown = [row for row in done(rows) if row["curve"]]
+    if not shown:
+        return False
+    fig, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 3.8), squeeze=False, layout="constrained")
+    for ax, row in zip(axes[0], shown, strict=True):
+        s, steps = row["settings"], row["steps"]
+        ax.plot([0, 1], [s[COND]["median"], s[CFG]["median"]], color="#999999", lw=1.2, label="floor")
+        for k, runs in row["curve"].items():
+            ax.scatter([int(k) / steps] * len(runs), runs, s=16, color=GUIDED, alpha=0.4, lw=0)
+        medians = sorted((int(k) / steps, statistics.median(runs)) for k, runs in row["curve"].items())
+        ax.plot(*zip(*medians, strict=True), "o", color=GUIDED, ms=6, label="ours, median")
+        ax.set_title(title(row), fontsize=9, color=INK)
+        ax.set_xlabel("share of guided steps")
+        ax.set_ylim(0)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("seconds a run")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    with atomic_path(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=130, facecolor="white")
+    plt.close(fig)
+    return True
