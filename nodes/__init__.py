@@ -8,7 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..errors import UserError
 from ..noise_level import steps_to_interval
 from ..presets import PRESETS, get_preset
-from . import demo, model_patch
+from . import demo, live, model_patch
 from .comparison import compare, parse_intervals, report
 from .guider import TwoModelGuider
 from .model_patch import OPEN, to_interval
@@ -479,6 +479,7 @@ class DemoPrompt(io.ComfyNode):
 
 class GuidanceIntervalExtension(ComfyExtension):
     async def get_node_list(self):
+        live.register_route()
         return [
             SigmaInterval,
             PercentInterval,
