@@ -152,7 +152,7 @@ class _Header(dict):
         return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (dict.get would not read)
 
 
 @contextlib.contextmanager
