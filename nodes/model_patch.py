@@ -122,7 +122,7 @@ class SamplingRun:
         return executor(x, *args, **kwargs)
 
     def report(self, seconds, end):
-        """What happened, against CFG everywhere: {"rows", "seconds", "evaluations", "guided", "rows_cfg", "seconds_cfg"}.
+        """What happened: {"rows", "seconds", "evaluations", "guided"}, and what of CFG everywhere: {"rows_cfg", "seconds_cfg"}.
 
         The last two are None where nothing tells: no evaluation was guided, or too few of either kind were timed.
         end: rows and clock when the run ended.

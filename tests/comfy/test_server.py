@@ -5,25 +5,20 @@ Small random checkpoints, made here, stand in for the real ones; the workflows a
 
 import io
 import json
-import os
 import shutil
-import socket
 import string
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 import uuid
 
-import av
 import comfy_harness as harness
 import numpy as np
 import pytest
 import torch
+from comfy_server import FOLDER, new_base, running
 from PIL import Image
 
-FOLDER = "any-name"
 NODES = {
     "GuidanceInterval",
     "GuidanceIntervalPercent",
@@ -139,83 +134,16 @@ def ace_step():
 # The server.
 
 
-class Server:
-    def __init__(self, url, folder):
-        self.url, self.folder = url, folder
-
-    def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return json.load(response)
-
-    def post(self, path, body):
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
-
-    def run(self, prompt, timeout=180):
-        """The outputs of each node of a prompt, {node id: outputs}; fails with the server's error."""
-        number = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            history = self.get(f"/history/{number}").get(number)
-            if history and history["status"]["completed"]:
-                return history["outputs"]
-            if history and history["status"]["status_str"] == "error":
-                pytest.fail(json.dumps(history["status"]["messages"][-1])[:2000])
-            time.sleep(0.2)
-        pytest.fail(f"not finished after {timeout} s")
-
-    def read(self, entry):
-        """A saved picture, the frames of a video, or a sound in one piece; arrays, channels last."""
-        with av.open(self.folder / entry["type"] / entry.get("subfolder", "") / entry["filename"]) as file:
-            if file.streams.video:
-                return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-            return [np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1).T]
-
-
 @pytest.fixture(scope="module")
 def server(host, comfyui_path, tmp_path_factory):
-    base = tmp_path_factory.mktemp("server")
-    for name in ("custom_nodes", "input", "output", "temp", "user"):
-        (base / name).mkdir()
-    for name in ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae"):
-        (base / "models" / name).mkdir(parents=True)
-    listed = ["git", "-C", str(harness.ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
-        source, target = harness.ROOT / name, base / "custom_nodes" / FOLDER / name
-        if name and source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+    base = new_base(tmp_path_factory.mktemp("server"))
     shutil.copy(harness.ROOT / "tests" / "comfy" / "small_ace_step.py", base / "custom_nodes")
     save_models(host, base / "models")
     picture = Image.radial_gradient("L").resize((64, 64)).convert("RGBA")
     picture.paste((0, 0, 0, 0), (16, 16, 48, 48))  # What the mask editor leaves: transparent where to paint.
     picture.save(base / "input" / "example.png")
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
-    command += ["--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(base / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=comfyui_path, stdout=log, stderr=subprocess.STDOUT, env=env)
-    server = Server(f"http://127.0.0.1:{port}", base)
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                server.get("/system_stats")
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail("the server did not start:\n" + (base / "log.txt").read_text()[-3000:])
-                time.sleep(0.5)
+    with running(comfyui_path, base) as server:
         yield server
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +273,7 @@ def test_english_says_the_same_in_the_node_its_locale_and_its_help(object_info):
 
 
 def small_prompt(name, object_info):
-    if name == "ace_step_audio" and "VAEDecodeAudio" not in object_info:
+    if name == "11_ace_step_audio" and "VAEDecodeAudio" not in object_info:
         pytest.skip("a ComfyUI without torchaudio has no audio nodes")
     return shrink(to_prompt(load_workflow(name), object_info))
 
@@ -355,14 +283,14 @@ def test_workflows(server, object_info, name):
     prompt = small_prompt(name, object_info)
     assert any(node["class_type"] in NODES for node in prompt.values())
     saved = results(server, prompt)
-    assert len(saved) == SMALL["length"] if name == "wan_video" else saved
+    assert len(saved) == SMALL["length"] if name == "10_wan_video" else saved
     for array in saved:
         values = array.reshape(-1, array.shape[-1])
         assert np.isfinite(values).all()
         assert values.std(axis=0).max() > 0.01 * np.abs(values).max()  # Not one colour, not silence.
 
 
-@pytest.mark.parametrize("name", ["sdxl_ksampler", "wan_video", "ace_step_audio"])
+@pytest.mark.parametrize("name", ["03_sdxl_ksampler", "10_wan_video", "11_ace_step_audio"])
 def test_an_open_interval_gives_the_same_as_plain_cfg(server, object_info, name):
     def saved(plain=False, **bounds):
         prompt = small_prompt(name, object_info)
@@ -388,7 +316,7 @@ def test_an_open_interval_gives_the_same_as_plain_cfg(server, object_info, name)
     ],
 )
 def test_bad_bounds_are_refused_before_anything_is_queued(server, object_info, bounds, message):
-    prompt = shrink(to_prompt(load_workflow("sdxl_ksampler"), object_info))
+    prompt = shrink(to_prompt(load_workflow("03_sdxl_ksampler"), object_info))
     for node in prompt.values():
         if node["class_type"] == "GuidanceInterval":
             node["inputs"] |= bounds
@@ -399,7 +327,7 @@ def test_bad_bounds_are_refused_before_anything_is_queued(server, object_info, b
 
 
 def test_hidden_inputs_need_not_be_sent(server, object_info):
-    prompt = small_prompt("sdxl_ksampler", object_info)
+    prompt = small_prompt("03_sdxl_ksampler", object_info)
     (ours,) = (node for node in prompt.values() if node["class_type"] == "GuidanceInterval")
     complete = [array.tobytes() for array in results(server, prompt)]
     assert ours["inputs"].pop("units") == "edm" and ours["inputs"].pop("outside") == "conditional only"
@@ -411,7 +339,7 @@ def test_a_lora_on_one_side_of_the_guider(server, object_info, side):
     """One checkpoint gives what two files give, of which nothing is shared."""
 
     def saved(second_file, lora=True):
-        prompt = small_prompt("autoguidance_two_models", object_info)
+        prompt = small_prompt("09_autoguidance_two_models", object_info)
         (guider,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "GuidanceIntervalGuider")
         first, second = guider["model"][0], guider["model_negative"][0]
         prompt[first]["inputs"]["ckpt_name"] = "sd.safetensors"
@@ -429,7 +357,7 @@ def test_a_lora_on_one_side_of_the_guider(server, object_info, side):
 
 
 def test_what_the_comparison_cannot_do_is_refused(server, object_info):
-    prompt = small_prompt("compare_intervals", object_info)
+    prompt = small_prompt("05_compare_intervals", object_info)
     (ours,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "GuidanceIntervalCompare")
     for field, value, message in (
         ("denoise", 0.0, "smaller than min of 0.01"),
@@ -462,7 +390,7 @@ def test_the_nodes_are_found_by_what_users_call_them(object_info):
 
 def test_the_workflow_that_needs_no_download_runs_as_it_is(server, object_info):
     start = time.monotonic()
-    (grid,) = results(server, to_prompt(load_workflow("try_it"), object_info))
+    (grid,) = results(server, to_prompt(load_workflow("01_try_it"), object_info))
     assert time.monotonic() - start < 60
     assert grid.shape == (44 + 6 * 256, 3 * 256, 3)
     everywhere, interval, none = (grid[44:, 256 * i : 256 * (i + 1)] for i in range(3))

@@ -1,0 +1,97 @@
+"""A stock ComfyUI server on loopback, with this folder in its custom_nodes."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+
+import av
+import comfy_harness as harness
+import numpy as np
+import pytest
+
+FOLDER = "any-name"
+
+
+class Server:
+    def __init__(self, url, folder):
+        self.url, self.folder = url, folder
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return json.load(response)
+
+    def post(self, path, body):
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    def run(self, prompt, timeout=180):
+        """The outputs of each node of a prompt, {node id: outputs}; fails with the server's error."""
+        number = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{number}").get(number)
+            if history and history["status"]["completed"]:
+                return history["outputs"]
+            if history and history["status"]["status_str"] == "error":
+                pytest.fail(json.dumps(history["status"]["messages"][-1])[:2000])
+            time.sleep(0.2)
+        pytest.fail(f"not finished after {timeout} s")
+
+    def read(self, entry):
+        """A saved picture, the frames of a video, or a sound in one piece; arrays, channels last."""
+        with av.open(self.folder / entry["type"] / entry.get("subfolder", "") / entry["filename"]) as file:
+            if file.streams.video:
+                return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+            return [np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1).T]
+
+
+def new_base(base):
+    """`base` as a server's base directory: its folders, and the files of this repository under custom_nodes."""
+    for name in ("custom_nodes", "input", "output", "temp", "user"):
+        (base / name).mkdir()
+    for name in ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae"):
+        (base / "models" / name).mkdir(parents=True)
+    listed = ["git", "-C", str(harness.ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
+        source, target = harness.ROOT / name, base / "custom_nodes" / FOLDER / name
+        if name and source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return base
+
+
+@contextlib.contextmanager
+def running(comfyui_path, base):
+    """A Server, which is stopped at the end."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    command += ["--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(base / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=comfyui_path, stdout=log, stderr=subprocess.STDOUT, env=env)
+    server = Server(f"http://127.0.0.1:{port}", base)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                server.get("/system_stats")
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail("the server did not start:\n" + (base / "log.txt").read_text()[-3000:])
+                time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
