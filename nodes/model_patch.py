@@ -122,10 +122,10 @@ class SamplingRun:
         return executor(x, *args, **kwargs)
 
     def report(self, seconds, end):
-        """What happened: {"rows", "seconds", "evaluations", "guided"}, and what of CFG everywhere: {"rows_cfg", "seconds_cfg"}.
+        """What happened, and what of CFG everywhere, as what the page is sent.
 
-        The last two are None where nothing tells: no evaluation was guided, or too few of either kind were timed.
-        end: rows and clock when the run ended.
+        rows_cfg and seconds_cfg are None where nothing tells: no evaluation was guided, or too few of either kind
+        were timed. end: rows and clock when the run ended.
         """
         guided = [g for g, *_ in self.evaluations]
         ends = [*self.evaluations[1:], (None, *end)]

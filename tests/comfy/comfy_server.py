@@ -27,11 +27,11 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             return json.load(response)
 
-    def post(self, path, body):
+    def post(self, path, body, read=True):
         data = json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+            return json.load(response) if read else None
 
     def run(self, prompt, timeout=180):
         """The outputs of each node of a prompt, {node id: outputs}; fails with the server's error."""
