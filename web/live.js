@@ -21,6 +21,7 @@ const FAR = 0.5; // Zoom below which text is too small to read.
 const LOOK = 250; // Milliseconds. No event of the front end tells of every change (a link, a bypass, a value set by code).
 
 const views = new Map(); // Node -> View.
+const gone = new Map(); // "graph:node id" -> the element of a node that was removed.
 const runs = new Map(); // "workflow/execution id" -> what the server said of the last run.
 let strings = null;
 
@@ -149,10 +150,22 @@ function look() {
     view.chart.far((app.canvas?.ds?.scale ?? 1) < FAR);
     const id = ids.get(node);
     if (id === undefined) continue;
+    view.place = placeOf(node);
+    settle(view);
     view.ask(prompt, id);
     const run = runs.get(`${root.id}/${id}`);
     view.chart.showRun(run ? describeRun(run) : "");
   }
+}
+
+const placeOf = (node) => `${node.graph?.id}:${node.id}`;
+
+/** Vue nodes keep the element of a widget that an undo has made anew: the new one takes its place. */
+function settle(view) {
+  const before = gone.get(view.place);
+  if (!before) return;
+  gone.delete(view.place);
+  if (before.isConnected && !view.chart.element.isConnected) before.replaceWith(view.chart.element);
 }
 
 function grow(node) {
@@ -209,6 +222,7 @@ app.registerExtension({
       const removed = node.onRemoved;
       node.onRemoved = function (...args) {
         views.delete(node);
+        gone.set(view.place ?? placeOf(node), view.chart.element);
         view.chart.remove();
         return removed?.apply(this, args);
       };

@@ -59,15 +59,16 @@ def open_page(server, chromium):
     pages = {}
 
     def open_page(**settings):
+        settings = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", **settings}
         key = tuple(sorted(settings.items()))
         if key not in pages:
-            settings = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False, **settings}
+            settings |= {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False}
             for name, value in settings.items():
                 server.post(f"/settings/{name}", value, read=False)
             pages[key] = chromium.new_page(viewport={"width": 1500, "height": 1000})
             pages[key].goto(server.url)
             pages[key].wait_for_function(READY, timeout=60000)
-            pages[key].wait_for_function("() => document.querySelector('canvas')?.width > 300")
+            pages[key].wait_for_function("() => document.querySelector('#graph-canvas')?.width > 300")
             pages[key].wait_for_timeout(2000)  # The page's own first graph.
         return pages[key]
 
@@ -153,7 +154,7 @@ def test_an_edge_is_dragged_undone_and_moved_by_keys(open_page, vue):
     assert page.evaluate(WIDGET, ["GuidanceInterval", "sigma_hi"]) > 10
     page.keyboard.press("End")
     assert page.evaluate(WIDGET, ["GuidanceInterval", "sigma_hi"]) == -1
-    says(page, "12 of 16 steps guided")
+    says(page, "13 of 16 steps guided")
     page.locator("[data-gi-edge=lo]").focus()
     page.keyboard.press("Home")
     says(page, "16 of 16 steps guided, no rows saved")
