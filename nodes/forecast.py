@@ -36,7 +36,8 @@ class Run:
 
     levels: 1-D, the model's own noise levels; the last is where the run ends. evaluated: the level of each evaluation,
     or None where that depends on the image. rows_guided: network rows per image of a guided evaluation, 1 where there
-    is nothing to limit. notes: [[code, value]], what is assumed or missing.
+    is nothing to limit. counted: the levels whose steps the interval counts. notes: [[code, value]], what is assumed or
+    missing.
     """
 
     model: object
@@ -46,6 +47,7 @@ class Run:
     sampler: str
     scheduler: str
     interval: object
+    counted: torch.Tensor
     notes: list = field(default_factory=list)
 
 
@@ -75,7 +77,8 @@ def forecast(prompt, node_id):
         sampler=parts.sampler_name,
         scheduler=parts.scheduler,
         interval=interval,
-        notes=notes,
+        counted=graph.counted(node_id, parts),
+        notes=[note for i, note in enumerate(notes) if note not in notes[:i]],
     )
 
 
@@ -377,6 +380,12 @@ class Graph:
     # ------------------------------------------------------------------------
     # The interval.
 
+    def counted(self, node_id, parts):
+        """The schedule that an interval node is given, or else the sampler's."""
+        link = self.nodes[node_id]["inputs"].get("sigmas")
+        sigmas = self._sigmas(link, []) if _is_link(link) else None
+        return parts.levels if sigmas is None else sigmas
+
     def interval(self, node_id, parts):
         """The GuidanceInterval in the model's own noise levels; raises ValueError for bounds that are none."""
         kind, inputs = self.type_of(node_id), self.nodes[node_id]["inputs"]
@@ -391,9 +400,7 @@ class Graph:
                 raise ValueError(f"start_percent must be below end_percent, got {start} and {end}")
             return model_patch.in_percent(start, end)(sampling)
         if kind == "GuidanceIntervalSteps":
-            sigmas = self._sigmas(inputs["sigmas"], []) if _is_link(inputs.get("sigmas")) else None
-            sigmas = parts.levels if sigmas is None else sigmas
-            return steps_to_interval(sigmas, value("first_step", 0), value("last_step", -1))
+            return steps_to_interval(self.counted(node_id, parts), value("first_step", 0), value("last_step", -1))
         if kind == "GuidanceIntervalPreset":
             return model_patch.in_edm_units(get_preset(value("preset", "sdxl")).interval())(sampling)
         interval = model_patch.to_interval(value("sigma_lo", 0.28), value("sigma_hi", 5.42))
@@ -558,7 +565,7 @@ def _edges(run, node, axis, sampling):
         highs = [[y, p] if y < 1 else [1.0, 0.0] for y, p in stops]
         return {"lo": edge("end_percent", axis(low), lows), "hi": edge("start_percent", axis(high), highs)}
     if kind == "GuidanceIntervalSteps":
-        levels = [axis(model_patch.from_model_sigma(s, sampling)) for s in run.levels.tolist()]
+        levels = [axis(model_patch.from_model_sigma(s, sampling)) for s in run.counted.tolist()]
         steps = len(levels) - 1
 
         def index(i, widget):

@@ -4,6 +4,7 @@ A checkpoint of gigabytes is known by the names and shapes in its file's header,
 kind of model. What the file does not tell (pickles, GGUF) is known once a run has loaded it (`remember`).
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -121,6 +122,13 @@ def _from_file(path, _mtime, _size):
     except Exception as error:  # Of any kind: the host's detection meets files that it was not written for.
         logging.getLogger(__name__).debug("Guidance Interval: the header of %s: %s", path, error)
         return None
+
+
+@atexit.register  # ModelPatchers that outlive the host's modules complain.
+def _forget():
+    _remembered.clear()
+    for made in (_demo, _sdxl, _from_file):
+        made.cache_clear()
 
 
 class _Header(dict):

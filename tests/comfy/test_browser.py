@@ -167,7 +167,9 @@ def test_a_run_tells_what_it_was(open_page, vue):
     (sampler,) = (node for node in graph["nodes"] if node["type"] == "KSampler")
     sampler["widgets_values"][0] = 100 + vue  # A seed that is not cached.
     load(page, graph)
-    before = page.evaluate("() => JSON.stringify(comfyAPI.app.app.graph.serialize().nodes.map((n) => n.widgets_values))")
+    before = page.evaluate(
+        "() => JSON.stringify(comfyAPI.app.app.graph.serialize().nodes.map((n) => n.widgets_values))"
+    )
     assert json.loads(before) == [node.get("widgets_values") for node in graph["nodes"]]
     page.evaluate("() => comfyAPI.app.app.queuePrompt(0, 1)")
     page.wait_for_function("() => document.querySelector('.gi-live .ran').textContent", timeout=60000)
@@ -219,8 +221,8 @@ def test_links_are_followed_through_reroutes_bypassed_nodes_and_subgraphs(open_p
         """() => {
             const { app } = comfyAPI.app;
             app.graph.convertToSubgraph(new Set(app.graph.nodes.filter((n) => n.type === "GuidanceInterval")));
-            const inner = [...app.graph.subgraphs.values()].find((g) => g.nodes.some((n) => n.type === "GuidanceInterval"));
-            app.canvas.setGraph(inner);
+            const holds = (graph) => graph.nodes.some((n) => n.type === "GuidanceInterval");
+            app.canvas.setGraph([...app.graph.subgraphs.values()].find(holds));
         }"""
     )
     says(page, "of 12 steps guided")
