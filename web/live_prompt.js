@@ -5,12 +5,12 @@
 
 const MUTED = 2;
 const BYPASSED = 4;
-const SUBGRAPH_INPUT = -10;
 const HEAVY = new Set(["CONDITIONING", "LATENT", "IMAGE", "MASK", "VAE", "CLIP", "CLIP_VISION", "CONTROL_NET", "AUDIO", "VIDEO"]);
 const IGNORED = new Set(["seed", "noise_seed", "control_after_generate"]);
 
 const nodesOf = (graph) => graph.nodes ?? graph._nodes ?? [];
 const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
+const fromOutside = (link) => Number(link.origin_id) === -10; // Of a subgraph.
 const isSubgraph = (node) => Boolean(node.isSubgraphNode?.());
 
 /** {prompt, ids}: what is connected with the nodes of `types`, and a Map of those nodes to their execution ids. */
@@ -63,7 +63,7 @@ function inputsOf(level, node) {
 function followInput(level, node, slot, type, depth) {
   const link = node.inputs?.[slot]?.link == null ? null : linkOf(level.graph, node.inputs[slot].link);
   if (!link || depth > 200) return undefined;
-  if (link.origin_id === SUBGRAPH_INPUT && level.host) {
+  if (fromOutside(link) && level.host) {
     const outer = level.host.inputs?.[link.origin_slot];
     if (outer?.link != null) return followInput(level.parent, level.host, link.origin_slot, type, depth + 1);
     const widget = level.host.getWidgetFromSlot?.(outer) ?? level.host.widgets?.find((w) => w.name === outer?.name);
@@ -86,7 +86,7 @@ function followOutput(level, node, slot, type, depth) {
     const link = output?.linkIds?.length ? linkOf(inner, output.linkIds[0]) : null;
     const origin = link && inner.getNodeById(link.origin_id);
     const within = { graph: inner, path: `${level.path}${node.id}:`, parent: level, host: node };
-    if (link?.origin_id === SUBGRAPH_INPUT) return followInput(level, node, link.origin_slot, type, depth + 1);
+    if (link && fromOutside(link)) return followInput(level, node, link.origin_slot, type, depth + 1);
     return origin ? followOutput(within, origin, link.origin_slot, type, depth + 1) : undefined;
   }
   if (node.isVirtualNode) {
