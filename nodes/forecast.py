@@ -23,6 +23,7 @@ MOST_STEPS = 1000
 ROWS_GUIDED = {"DualCFGGuider": 3, "PerpNegGuider": 3}  # Network rows per image of a guided evaluation; others: 2.
 OURS = ("GuidanceInterval", "GuidanceIntervalPercent", "GuidanceIntervalSteps", "GuidanceIntervalPreset")
 GUIDER = "GuidanceIntervalGuider"
+LIMITING = (*OURS, GUIDER)
 COMPARE = "GuidanceIntervalCompare"
 
 
@@ -54,7 +55,7 @@ class Run:
 def forecast(prompt, node_id):
     """The Run that the interval node `node_id` of `prompt` will limit. ValueError: its own values are wrong."""
     graph = Graph(prompt)
-    if node_id not in graph.nodes or graph.nodes[node_id]["class_type"] not in (*OURS, GUIDER):
+    if node_id not in graph.nodes or graph.nodes[node_id]["class_type"] not in LIMITING:
         raise ValueError(f"node {node_id!r} of this prompt is no guidance interval")
     notes = []
     sampler_id = graph.find_sampler(node_id, notes)
@@ -120,7 +121,7 @@ class Graph:
                     continue
                 seen.add(key)
                 kind = self.type_of(key)
-                if kind in (*OURS, GUIDER, COMPARE):
+                if kind in (*LIMITING, COMPARE):
                     notes.append(["replaced", kind])
                 elif self._is_sampler(key):
                     found.append(key)

@@ -1,4 +1,4 @@
-"""A stock ComfyUI server on loopback, with this folder in its custom_nodes."""
+"""A stock ComfyUI server on loopback, with this folder in its custom_nodes, and workflows as they are sent to it."""
 
 import contextlib
 import json
@@ -17,6 +17,17 @@ import numpy as np
 import pytest
 
 FOLDER = "any-name"
+NODES = {
+    "GuidanceInterval",
+    "GuidanceIntervalPercent",
+    "GuidanceIntervalSteps",
+    "GuidanceIntervalPreset",
+    "GuidanceIntervalGuider",
+    "GuidanceIntervalSchedule",
+    "GuidanceIntervalCompare",
+    "GuidanceIntervalDemoModel",
+    "GuidanceIntervalDemoPrompt",
+}
 
 
 class Server:
@@ -95,3 +106,53 @@ def running(comfyui_path, base):
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+# ----------------------------------------------------------------------------
+# From the file that a user opens to what the front end sends.
+
+
+def node_inputs(info):
+    """[(name, type, options)] in the order of the node's widgets."""
+    fields = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    return [(name, field[0], field[1] if len(field) > 1 else {}) for name, field in fields.items()]
+
+
+def to_prompt(workflow, object_info):
+    """API format of a workflow in UI format; asserts that every node exists and every link fits."""
+    links = {link[0]: link for link in workflow["links"]}
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        assert node["type"] in object_info, f"{node['type']} is missing"
+        linked = {i["name"]: i["link"] for i in node["inputs"] if i["link"] is not None}
+        values = iter(node["widgets_values"])
+        inputs = {}
+        fields = node_inputs(object_info[node["type"]])
+        while fields:
+            name, kind, options = fields.pop(0)
+            is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            if kind == "COMFY_DYNAMICCOMBO_V3":  # Of newer hosts: each choice has inputs of its own.
+                choices = {choice["key"]: choice for choice in options["options"]}
+                inputs[name] = next(values, next(iter(choices)))
+                of_choice = node_inputs({"input": choices[inputs[name]]["inputs"]})
+                fields[:0] = [(f"{name}.{field}", *rest) for field, *rest in of_choice]
+            if is_widget:
+                inputs[name] = next(values, options.get("default"))  # A newer host's node may have more widgets.
+                if options.get("control_after_generate") or options.get("image_upload"):
+                    next(values, None)
+            if name in linked:
+                _, source, slot, target, _, link_type = links[linked[name]]
+                assert target == node["id"]
+                output = object_info[by_id[source]["type"]]["output"][slot]
+                assert link_type == output and kind in (output, "*"), (node["type"], name)
+                inputs[name] = [str(source), slot]
+        assert node["type"] not in NODES or next(values, None) is None  # The host's own may have lost some.
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def load_workflow(name):
+    return json.loads((harness.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))

@@ -1,13 +1,12 @@
 """The live picture in a real browser, on the real front end of a real server."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
 import comfy_harness as harness
 import pytest
-from comfy_server import new_base, running
+from comfy_server import load_workflow, new_base, running
 
 spec = importlib.util.spec_from_file_location("browser", Path(__file__).parents[1] / "browser.py")
 browser = importlib.util.module_from_spec(spec)
@@ -80,10 +79,6 @@ def open_page(server, chromium):
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
 
 
-def workflow(name):
-    return json.loads((harness.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def load(page, graph):
     page.evaluate(LOAD, graph)
     types = [node["type"] for node in graph["nodes"] if node["type"] in LIVE]
@@ -108,7 +103,7 @@ def edge(page, side):
 @pytest.mark.parametrize("name", sorted(p.stem for p in (harness.ROOT / "workflows").glob("*.json")))
 def test_each_template_shows_what_its_run_will_be(open_page, name):
     page = open_page()
-    graph = workflow(name)
+    graph = load_workflow(name)
     types = [node["type"] for node in graph["nodes"] if node["type"] in LIVE]
     if not types:
         pytest.skip("a template without one of the nodes that have the picture")
@@ -127,7 +122,7 @@ def test_each_template_shows_what_its_run_will_be(open_page, name):
 @RENDERERS
 def test_an_edge_is_dragged_undone_and_moved_by_keys(open_page, vue):
     page = open_page(**{"Comfy.VueNodes.Enabled": vue})
-    load(page, workflow("02_drag_it"))
+    load(page, load_workflow("02_drag_it"))
     says(page, "7 of 16 steps guided, 28 % fewer rows")
     x, y = edge(page, "hi")
     page.mouse.move(x, y)
@@ -163,7 +158,7 @@ def test_an_edge_is_dragged_undone_and_moved_by_keys(open_page, vue):
 @RENDERERS
 def test_a_run_tells_what_it_was(open_page, vue):
     page = open_page(**{"Comfy.VueNodes.Enabled": vue})
-    graph = workflow("02_drag_it")
+    graph = load_workflow("02_drag_it")
     (sampler,) = (node for node in graph["nodes"] if node["type"] == "KSampler")
     sampler["widgets_values"][0] = 100 + vue  # A seed that is not cached.
     load(page, graph)
@@ -201,7 +196,7 @@ FOLLOWED = """() => {
 
 def test_links_are_followed_through_reroutes_bypassed_nodes_and_subgraphs(open_page):
     page = open_page()
-    load(page, workflow("02_drag_it"))
+    load(page, load_workflow("02_drag_it"))
     page.evaluate(FOLLOWED)
     says(page, "of 10 steps guided")
     assert "no sampler" not in page.locator(".gi-live .note").inner_text()
@@ -230,7 +225,7 @@ def test_links_are_followed_through_reroutes_bypassed_nodes_and_subgraphs(open_p
 
 def test_without_a_sampler_the_picture_says_what_it_assumes(open_page):
     page = open_page()
-    load(page, workflow("02_drag_it"))
+    load(page, load_workflow("02_drag_it"))
     page.evaluate("() => comfyAPI.app.app.graph.nodes.find((n) => n.type === 'KSampler').disconnectInput(0)")
     says(page, "of 20 steps guided")
     assert "no sampler connected, assuming 20 steps" in page.locator(".gi-live .note").inner_text()
@@ -238,18 +233,18 @@ def test_without_a_sampler_the_picture_says_what_it_assumes(open_page):
 
 def test_zoomed_out_the_picture_is_a_number(open_page):
     page = open_page()
-    load(page, workflow("02_drag_it"))
+    load(page, load_workflow("02_drag_it"))
     page.evaluate("() => { comfyAPI.app.app.canvas.ds.scale = 0.3; comfyAPI.app.app.canvas.setDirty(true, true); }")
     page.wait_for_function("() => document.querySelector('.gi-live.far')")
     assert not page.locator(SAY).is_visible()
-    assert page.locator(".gi-live .large").text_content() == "−28 %"
+    assert page.locator(".gi-live .large").text_content() == "\N{MINUS SIGN}28 %"
 
 
 def test_a_failing_route_leaves_the_node_as_it_is(open_page):
     page = open_page()
     page.route("**/guidance_interval/forecast", lambda route: route.fulfill(status=500, body="no"))
     try:
-        load(page, workflow("02_drag_it"))
+        load(page, load_workflow("02_drag_it"))
         says(page, "No picture")
         assert page.evaluate(WIDGET, ["GuidanceInterval", "sigma_hi"]) == 10
         sent = page.evaluate("async () => (await comfyAPI.app.app.graphToPrompt()).output")
@@ -261,7 +256,7 @@ def test_a_failing_route_leaves_the_node_as_it_is(open_page):
 def test_touch(server, chromium, open_page):
     """A finger drags an edge, and the canvas stays where it is."""
     page = open_page()
-    load(page, workflow("02_drag_it"))
+    load(page, load_workflow("02_drag_it"))
     x, y = edge(page, "lo")
     before = page.evaluate("() => [...comfyAPI.app.app.canvas.ds.offset]")
     session = page.context.new_cdp_session(page)
@@ -276,5 +271,5 @@ def test_touch(server, chromium, open_page):
 
 def test_japanese(open_page):
     page = open_page(**{"Comfy.Locale": "ja"})
-    load(page, workflow("02_drag_it"))
+    load(page, load_workflow("02_drag_it"))
     says(page, "16 ステップ中 7 ステップをガイド、計算行数 28% 減")
