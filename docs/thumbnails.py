@@ -72,7 +72,7 @@ def chart_of(host, name, title, kind):
     prompt = prompt_of(host, name)
     data = forecast(host, prompt, find(prompt, *harness.our_module(host, "forecast").LIMITING), kind)
     assert not data["notes"], data["notes"]
-    return draw_chart(title, data)
+    return draw_chart(title, data, right=SIZE[0] - (248 if name == "02_drag_it" else 24))
 
 
 def demo_parts(host, prompt):
@@ -124,7 +124,7 @@ def sheet(title):
     return picture, draw
 
 
-def draw_chart(title, data, right=SIZE[0] - 24):
+def draw_chart(title, data, right):
     picture, draw = sheet(title)
     left, right, top, bottom = 24 * SCALE, right * SCALE, 84 * SCALE, 344 * SCALE
 
@@ -154,11 +154,11 @@ def draw_chart(title, data, right=SIZE[0] - 24):
 
 
 def with_images(picture, images):
-    """The first 4 of the images, over the right half of where the chart leaves room."""
+    """The first 4 of the images, beside the chart."""
     side = 96 * SCALE
     for i, image in enumerate(images[:4]):
         tile = Image.fromarray(image).resize((side, side), Image.NEAREST)
-        place = (SIZE[0] * SCALE - (2 - i % 2) * (side + 8 * SCALE) - 16 * SCALE, (84 + (i // 2) * 104) * SCALE)
+        place = (SIZE[0] * SCALE - (2 - i % 2) * (side + 8 * SCALE) - 16 * SCALE, (104 + (i // 2) * 104) * SCALE)
         picture.paste(tile, place)
     return picture
 
