@@ -4,6 +4,8 @@ import asyncio
 import logging
 import sys
 
+import torch
+
 from . import forecast, weightless
 
 EVENT = "guidance_interval.run"
@@ -39,8 +41,8 @@ def register_route():
 def describe(prompt, node_id):
     """The chart of the interval node's run, or {"error": what is wrong with the node's own values}."""
     try:
-        run = forecast.forecast(prompt, node_id)
-        return forecast.chart(run, prompt[node_id])
+        with torch.inference_mode():
+            return forecast.chart(forecast.forecast(prompt, node_id), prompt[node_id])
     except ValueError as error:
         return {"error": str(error)}
     except Exception as error:  # Of any kind: a picture is not worth a stack trace for each change of a graph.
@@ -67,7 +69,7 @@ def teller(node, model):
 
     def tell(report):
         server = _server()
-        if server is not None:
+        if getattr(server, "client_id", None) is not None:  # Not to all pages, for a prompt that none has sent.
             server.send_sync(EVENT, {"node": str(node_id), "workflow": workflow, **report}, server.client_id)
 
     return tell

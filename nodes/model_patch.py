@@ -6,6 +6,7 @@ unchanged; outside it has the conditional prediction alone evaluated (`host.py`)
 is kept between runs: what a run needs to remember lies on its guider and is taken off when the run ends.
 """
 
+import itertools
 import logging
 import math
 import statistics
@@ -130,10 +131,12 @@ class SamplingRun:
         guided = [g for g, *_ in self.evaluations]
         ends = [*self.evaluations[1:], (None, *end)]
         rows = [b[1] - a[1] for a, b in zip(self.evaluations, ends, strict=True)]
-        # Each evaluation has waited for the one before it, to read sigma: no evaluation is timed by the clock alone,
-        # but the last, which may still be under way, and the first, which may compile or load, are left out.
-        times = [b[2] - a[2] for a, b in zip(self.evaluations, ends, strict=True)][1:-1]
-        timed = {kind: [t for t, g in zip(times, guided[1:-1], strict=True) if g == kind] for kind in (True, False)}
+        # An evaluation begins when its sigma is read, which waits for the one before it. Left out are the first of either
+        # kind, which may load or compile, and the last, which may still be under way.
+        times = {True: [], False: []}
+        for (g, _, start), (_, _, stop) in itertools.pairwise(self.evaluations):
+            times[g].append(stop - start)
+        timed = {kind: of[1:] for kind, of in times.items()}
         inside = [r for r, g in zip(rows, guided, strict=True) if g]
         rows_cfg = seconds_cfg = None
         if inside:
@@ -143,7 +146,7 @@ class SamplingRun:
                 seconds_cfg = seconds
             elif timed[True] and timed[False]:
                 more = statistics.median(timed[True]) - statistics.median(timed[False])
-                seconds_cfg = seconds + more * (len(guided) - len(inside))
+                seconds_cfg = seconds + max(more, 0.0) * (len(guided) - len(inside))
         return {
             "rows": self.rows,
             "seconds": seconds,

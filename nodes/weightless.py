@@ -6,6 +6,7 @@ kind of model. What the file does not tell (pickles, GGUF) is known once a run h
 
 import atexit
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -67,7 +68,8 @@ def assumed():
 
 def remember(key, model):
     """Keep the sampling of a loaded `model` (a ModelPatcher) under what led to it in the graph."""
-    _remembered[key] = _without_network(model.model.model_config, model.get_model_object("model_sampling"))
+    sampling = copy.deepcopy(model.get_model_object("model_sampling")).to(_CPU)
+    _remembered[key] = _without_network(model.model.model_config, sampling)
     while len(_remembered) > 64:
         _remembered.pop(next(iter(_remembered)))
 

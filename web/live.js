@@ -77,7 +77,7 @@ class View {
       if (this.chart.drag) data.band = this.chart.data.band;
       this.chart.show(data);
     } catch (error) {
-      console.warn("Guidance Interval: no picture:", error);
+      warn(error);
       if (question === this.asked && !this.chart.data) this.chart.show({ error: strings.failed });
     } finally {
       if (question === this.asked) this.chart.old(false);
@@ -173,11 +173,18 @@ function grow(node) {
   if (size && node.size[1] < size[1]) node.setSize([node.size[0], size[1]]);
 }
 
+let warned = false;
+
+function warn(error) {
+  if (!warned) console.warn("Guidance Interval: no picture:", error);
+  warned = true;
+}
+
 function safely(fn) {
   try {
     fn();
   } catch (error) {
-    console.warn("Guidance Interval: no picture:", error);
+    warn(error);
   }
 }
 
@@ -204,7 +211,7 @@ app.registerExtension({
     try {
       strings = await load();
     } catch (error) {
-      console.warn("Guidance Interval: no picture:", error);
+      warn(error);
     }
   },
   nodeCreated(node) {

@@ -180,7 +180,7 @@ export class Chart {
         window.removeEventListener(kind, fn, true);
       }
       this.data.band[side === "lo" ? 0 : 1] = this.drag.y;
-      edge.value = this.drag.value;
+      this.data.edges[side].value = this.drag.value; // Of the answer that is shown by now.
       this.drag = null;
       this.actions.end();
       this.draw();

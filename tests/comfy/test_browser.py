@@ -58,7 +58,7 @@ def open_page(server, chromium):
     pages = {}
 
     def open_page(**settings):
-        settings = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", **settings}
+        settings = {"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en", "GuidanceInterval.Live": True, **settings}
         key = tuple(sorted(settings.items()))
         if key not in pages:
             settings |= {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False}
@@ -251,6 +251,32 @@ def test_a_failing_route_leaves_the_node_as_it_is(open_page):
         assert any(node["class_type"] == "GuidanceInterval" for node in sent.values())
     finally:
         page.unroute("**/guidance_interval/forecast")
+
+
+def test_a_front_end_without_dom_widgets_has_plain_nodes(open_page):
+    page = open_page()
+    page.evaluate(
+        """() => {
+            window.kept = LiteGraph.LGraphNode.prototype.addDOMWidget;
+            LiteGraph.LGraphNode.prototype.addDOMWidget = undefined;
+        }"""
+    )
+    try:
+        page.evaluate(LOAD, load_workflow("03_sdxl_ksampler"))
+        widgets = (
+            "() => comfyAPI.app.app.graph.nodes.find((n) => n.type === 'GuidanceInterval').widgets.map((w) => w.name)"
+        )
+        assert page.evaluate(widgets) == ["sigma_lo", "sigma_hi", "units", "outside"]
+    finally:
+        page.evaluate("() => { LiteGraph.LGraphNode.prototype.addDOMWidget = window.kept; }")
+
+
+def test_the_picture_can_be_turned_off(open_page):
+    page = open_page(**{"GuidanceInterval.Live": False})
+    page.evaluate(LOAD, load_workflow("02_drag_it"))
+    page.wait_for_timeout(600)
+    assert page.locator(SAY).count() == 0
+    assert page.evaluate(WIDGET, ["GuidanceInterval", "sigma_hi"]) == 10
 
 
 def test_touch(server, chromium, open_page):
