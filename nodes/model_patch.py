@@ -131,8 +131,8 @@ class SamplingRun:
         guided = [g for g, *_ in self.evaluations]
         ends = [*self.evaluations[1:], (None, *end)]
         rows = [b[1] - a[1] for a, b in zip(self.evaluations, ends, strict=True)]
-        # An evaluation begins when its sigma is read, which waits for the one before it. Left out are the first of either
-        # kind, which may load or compile, and the last, which may still be under way.
+        # An evaluation begins when its sigma is read, which waits for the one before it. Left out are the first of
+        # either kind, which may load or compile, and the last, which may still be under way.
         times = {True: [], False: []}
         for (g, _, start), (_, _, stop) in itertools.pairwise(self.evaluations):
             times[g].append(stop - start)
