@@ -13,10 +13,13 @@ const linkOf = (graph, id) => graph.getLink?.(id) ?? graph.links?.get?.(id) ?? g
 const fromOutside = (link) => Number(link.origin_id) === -10; // Of a subgraph.
 const isSubgraph = (node) => Boolean(node.isSubgraphNode?.());
 
+let levels = new Map(); // Node -> its level: the graph that it is in, and where that is.
+
 /** {prompt, ids}: what is connected with the nodes of `types`, and a Map of those nodes to their execution ids. */
 export function toPrompt(root, types) {
   const entries = [];
   collect({ graph: root, path: "", parent: null, host: null }, entries, 0);
+  levels = new Map(entries.map(({ node, level }) => [node, level]));
   const prompt = {};
   const ids = new Map();
   for (const { node, level } of entries) {
@@ -61,7 +64,11 @@ function inputsOf(level, node) {
 
 /** {link: [id, slot]}, {value} of a widget that stands for the link, or undefined. */
 function followInput(level, node, slot, type, depth) {
-  const link = node.inputs?.[slot]?.link == null ? null : linkOf(level.graph, node.inputs[slot].link);
+  const id = node.inputs?.[slot]?.link;
+  return id == null ? undefined : followLink(level, linkOf(level.graph, id), type, depth);
+}
+
+function followLink(level, link, type, depth) {
   if (!link || depth > 200) return undefined;
   if (fromOutside(link) && level.host) {
     const outer = level.host.inputs?.[link.origin_slot];
@@ -90,11 +97,10 @@ function followOutput(level, node, slot, type, depth) {
     return origin ? followOutput(within, origin, link.origin_slot, type, depth + 1) : undefined;
   }
   if (node.isVirtualNode) {
-    const virtual = node.resolveVirtualOutput?.(slot); // Newer front ends: nodes that set and get by name.
-    if (virtual?.node) return followOutput(level, virtual.node, virtual.slot ?? 0, type, depth + 1);
+    const source = node.resolveVirtualOutput?.(slot); // Of nodes that set and get by name, perhaps in another graph.
+    if (source) return followOutput(levels.get(source.node) ?? level, source.node, source.slot, type, depth + 1);
     const link = node.getInputLink?.(slot);
-    const origin = link && level.graph.getNodeById(link.origin_id);
-    if (origin) return followOutput(level, origin, link.origin_slot, type, depth + 1);
+    if (link) return followLink(level, link, type, depth + 1);
     if (node.inputs?.length) return followInput(level, node, 0, type, depth + 1);
     return node.widgets?.length ? { value: node.widgets[0].value } : undefined;
   }

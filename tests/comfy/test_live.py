@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import types
 
 import comfy_harness as harness
@@ -353,6 +354,32 @@ def test_a_second_model_is_counted_too(host, live):
         harness.sample(guider, comfy.samplers.sampler_object("euler"), sigmas, harness.empty_latent("sd15"))
     (report,) = said
     assert report["rows"] == 8 + report["guided"] and report["guided"] > 0
+
+
+# ----------------------------------------------------------------------------
+# Words.
+
+
+def test_each_language_says_the_same():
+    def leaves(tree, path=()):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, (*path, key))
+            else:
+                yield (*path, key), set(re.findall(r"\{\w+\}", value))
+
+    def of(language, name):
+        path = harness.ROOT / "locales" / language / name
+        return dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
+
+    for name in ("main.json", "settings.json"):
+        assert of("en", name) == of("ja", name)
+    source = (harness.ROOT / "nodes" / "forecast.py").read_text(encoding="utf-8")
+    codes = set(re.findall(r'notes\.append\(\["(\w+)"', source))
+    assert codes == {path[-1] for path in of("en", "main.json") if "notes" in path}
+    page = (harness.ROOT / "web" / "live.js").read_text(encoding="utf-8")
+    used = set(re.findall(r"strings\.(\w+)", page)) - {"notes"}
+    assert used == {path[-1] for path in of("en", "main.json") if "notes" not in path}
 
 
 # ----------------------------------------------------------------------------
