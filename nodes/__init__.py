@@ -27,7 +27,7 @@ def _schema(**kwargs):
     return io.Schema(category="sampling/guidance interval", **kwargs)
 
 
-LIVE = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]  # By which the page is told of a run.
+LIVE = [io.Hidden.unique_id, io.Hidden.prompt]  # By which the page is told of a run.
 
 
 def _advanced(node_input):

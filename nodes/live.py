@@ -65,14 +65,22 @@ def teller(node, model):
             weightless.remember(graph.path_key(graph.model_path(str(node_id))), model)
         except Exception:  # Of any kind: what a graph remembers is no reason to stop it.
             log.debug("Guidance Interval: nothing remembered", exc_info=True)
-    workflow = ((getattr(hidden, "extra_pnginfo", None) or {}).get("workflow") or {}).get("id")
 
     def tell(report):
         server = _server()
         if getattr(server, "client_id", None) is not None:  # Not to all pages, for a prompt that none has sent.
-            server.send_sync(EVENT, {"node": str(node_id), "workflow": workflow, **report}, server.client_id)
+            server.send_sync(EVENT, {"node": str(node_id), "workflow": _workflow(server), **report}, server.client_id)
 
     return tell
+
+
+def _workflow(server):
+    """The id of the workflow that is running, or None. A node that is cached was executed for another one, perhaps."""
+    try:
+        (entry,) = server.prompt_queue.currently_running.values()
+        return entry[3]["extra_pnginfo"]["workflow"]["id"]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _server():

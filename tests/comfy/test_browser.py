@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import uuid
 from pathlib import Path
 
 import comfy_harness as harness
@@ -183,6 +184,13 @@ def test_a_run_tells_what_it_was(open_page, vue):
     assert re.fullmatch(
         r"Last run: 138 rows, [\d.]+ s\. CFG everywhere: 192 rows \(28 % saved\), about [\d.]+ s", ran
     ), ran
+    # The same graph as another workflow, where only the sampler runs anew: its run is told there.
+    graph["id"] = str(uuid.uuid4())
+    sampler["widgets_values"][0] = 200 + vue
+    load(page, graph)
+    assert not page.locator(".gi-live .ran").text_content()
+    page.evaluate("() => comfyAPI.app.app.queuePrompt(0, 1)")
+    page.wait_for_function("() => document.querySelector('.gi-live .ran').textContent", timeout=60000)
     sent = page.evaluate("async () => (await comfyAPI.app.app.graphToPrompt()).output")
     (ours,) = (node["inputs"] for node in sent.values() if node["class_type"] == "GuidanceInterval")
     assert set(ours) == {"model", "sigma_lo", "sigma_hi", "units", "outside"}
