@@ -291,14 +291,15 @@ class Graph:
                 break
             if node["class_type"].startswith("ModelSampling"):
                 patches.append(key)
-        if model is None:
-            model = weightless.assumed()
-            notes.append(["model", self.type_of(path[-1]) if path else ""])
+        known = model is not None
+        model = model if known else weightless.assumed()
         for key in reversed(patches):
             try:
-                model = self._execute(key, notes, model=model)[0]
+                model, known = self._execute(key, notes, model=model)[0], True  # Which sets all that is drawn.
             except Unknown as unknown:
                 notes.append(["unknown_patch", str(unknown)])
+        if not known:
+            notes.append(["model", self.type_of(path[-1]) if path else ""])
         return model
 
     def path_key(self, path):

@@ -180,6 +180,12 @@ def test_what_is_behind_the_interval_node(host, live):
     shifted["3"]["inputs"]["model"] = ["2", 0]
     assert chart(live, shifted)["steps"] == 6
 
+    unknown = prompt_of()
+    unknown["8"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["1", 0], "shift": 12.0}}
+    unknown["2"]["inputs"]["model"] = ["8", 0]
+    drawn = chart(live, unknown)  # A flow model, whatever the file holds.
+    assert drawn["notes"] == [] and drawn["points"] == after["points"]
+
     again = prompt_of()
     again["4"] = {"class_type": "GuidanceInterval", "inputs": {"model": ["2", 0], "sigma_lo": 1.0, "sigma_hi": 2.0}}
     again["3"]["inputs"]["model"] = ["4", 0]
