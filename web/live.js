@@ -21,7 +21,7 @@ const FAR = 0.5; // Zoom below which text is too small to read.
 const LOOK = 250; // Milliseconds. No event of the front end tells of every change (a link, a bypass, a value set by code).
 
 const views = new Map(); // Node -> View.
-const gone = new Map(); // "graph:node id" -> the element of a node that was removed.
+const gone = new Map(); // "graph:node id" -> the element of a node that was removed, and which edge had the focus.
 const runs = new Map(); // "workflow/execution id" -> what the server said of the last run.
 let strings = null;
 
@@ -165,7 +165,8 @@ function settle(view) {
   const before = gone.get(view.place);
   if (!before) return;
   gone.delete(view.place);
-  if (before.isConnected && !view.chart.element.isConnected) before.replaceWith(view.chart.element);
+  if (before.element.isConnected && !view.chart.element.isConnected) before.element.replaceWith(view.chart.element);
+  view.chart.focusNext = before.edge;
 }
 
 function grow(node) {
@@ -229,7 +230,7 @@ app.registerExtension({
       const removed = node.onRemoved;
       node.onRemoved = function (...args) {
         views.delete(node);
-        gone.set(view.place ?? placeOf(node), view.chart.element);
+        gone.set(view.place ?? placeOf(node), { element: view.chart.element, edge: view.chart.lately() });
         view.chart.remove();
         return removed?.apply(this, args);
       };

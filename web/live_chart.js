@@ -53,6 +53,10 @@ export class Chart {
     this.line.setAttribute("aria-live", "polite");
     this.note = text("note", this.element);
     this.ran = text("ran", this.element);
+    this.left = { side: undefined, at: -Infinity }; // The edge that last lost the focus, and when.
+    this.svg.addEventListener("focusout", (e) => {
+      this.left = { side: e.target.dataset.giEdge, at: performance.now() };
+    });
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.svg);
   }
@@ -92,8 +96,7 @@ export class Chart {
     this.box = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
     const x = (v) => this.box.left + 6 + v * (this.box.right - this.box.left - 12);
     const y = (v) => this.box.bottom - v * (this.box.bottom - this.box.top);
-    const focused = this.drag ? null : document.activeElement?.dataset?.giEdge;
-    const holds = this.svg.contains(document.activeElement);
+    const focused = this.focused();
     const picture = create("g", { role: "img", "aria-label": words.alternative });
     const [low, high] = this.bandNow();
     create("rect", { class: "band", x: this.box.left, width: Math.max(this.box.right - this.box.left, 0), y: y(high), height: Math.max(y(low) - y(high), 0) }, picture);
@@ -113,7 +116,25 @@ export class Chart {
     create("text", { class: "large", x: width / 2, y: height / 2 + 14 }, picture).textContent = words.large ?? "";
     this.svg.replaceChildren(picture);
     for (const side of ["hi", "lo"]) this.drawEdge(side, side === "hi" ? high : low, y, words.edge[side]);
-    if (holds && focused) this.svg.querySelector(`[data-gi-edge=${focused}]`)?.focus();
+    if (focused) this.focus(focused);
+    if (!this.focusNext) return;
+    if (document.activeElement === document.body) this.focus(this.focusNext);
+    if (document.activeElement !== document.body) this.focusNext = null; // Else it is not visible yet.
+  }
+
+  /** The edge that has the focus: "lo", "hi" or undefined. */
+  focused() {
+    const { activeElement } = document;
+    return this.svg.contains(activeElement) ? activeElement.dataset.giEdge : undefined;
+  }
+
+  /** The same, when the element may just have been taken off the page. */
+  lately() {
+    return this.focused() ?? (performance.now() - this.left.at < 500 ? this.left.side : undefined);
+  }
+
+  focus(side) {
+    this.svg.querySelector(`[data-gi-edge=${side}]`)?.focus({ preventScroll: true });
   }
 
   bandNow() {
@@ -184,7 +205,7 @@ export class Chart {
       this.drag = null;
       this.actions.end();
       this.draw();
-      this.svg.querySelector(`[data-gi-edge=${side}]`)?.focus({ preventScroll: true });
+      this.focus(side);
     };
     window.addEventListener("pointermove", move, true);
     window.addEventListener("pointerup", stop, true);

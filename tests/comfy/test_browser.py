@@ -157,7 +157,8 @@ def test_an_edge_is_dragged_undone_and_moved_by_keys(open_page, vue):
     says(page, "7 of 16 steps guided")
     assert page.evaluate(WIDGET, ["GuidanceInterval", "sigma_hi"]) == 10
 
-    page.locator("[data-gi-edge=hi]").focus()
+    # The edge that was dragged has the focus, also after the undo, which makes the node anew.
+    page.wait_for_function("() => document.activeElement.dataset.giEdge === 'hi'")
     page.keyboard.press("ArrowUp")
     assert page.evaluate(WIDGET, ["GuidanceInterval", "sigma_hi"]) > 10
     page.keyboard.press("End")
