@@ -1,4 +1,4 @@
-// The live picture under the inputs of the interval nodes: what the run of this graph will be, and what the last one was.
+// The live picture under the inputs of the interval nodes: what the run of this graph will be, and what the last was.
 //
 // Where anything is missing (the route, the strings, an API of the front end) the nodes stay as they are.
 
@@ -18,7 +18,8 @@ const WIDGET = "guidance_interval_live";
 const SETTING = "GuidanceInterval.Live";
 const HEIGHT = 172;
 const FAR = 0.5; // Zoom below which text is too small to read.
-const LOOK = 250; // Milliseconds. No event of the front end tells of every change (a link, a bypass, a value set by code).
+// Milliseconds. No event of the front end tells of every change (a link, a bypass, a value that an extension sets).
+const LOOK = 250;
 
 const views = new Map(); // Node -> View.
 const gone = new Map(); // "graph:node id" -> the element of a node that was removed, and which edge had the focus.
@@ -38,7 +39,14 @@ class View {
       wheel: (event) => app.canvas?.processMouseWheel?.(event),
     });
     this.chart.element.setAttribute("aria-label", strings.title);
-    const options = { serialize: false, hideOnZoom: false, margin: 6, getMinHeight: () => HEIGHT, getValue: () => "", setValue: () => {} };
+    const options = {
+      serialize: false,
+      hideOnZoom: false,
+      margin: 6,
+      getMinHeight: () => HEIGHT,
+      getValue: () => "",
+      setValue: () => {},
+    };
     const widget = node.addDOMWidget(WIDGET, "guidance_interval_live", this.chart.element, options);
     widget.serialize = false; // Neither in a workflow nor in a prompt.
   }
@@ -100,7 +108,13 @@ function describe(data) {
   if (data.error) return { line: data.failed ? strings.failed : data.error, edge: {} };
   const { steps, guided, saved } = data;
   const cost =
-    saved === undefined ? "" : saved > 0 ? fill(strings.fewer, { share: percent(saved) }) : saved < 0 ? fill(strings.more, { share: percent(-saved) }) : strings.same;
+    saved === undefined
+      ? ""
+      : saved > 0
+        ? fill(strings.fewer, { share: percent(saved) })
+        : saved < 0
+          ? fill(strings.more, { share: percent(-saved) })
+          : strings.same;
   const line = fill(cost ? strings.line : strings.steps, { guided, steps, cost });
   const assumptions = data.notes.map(([code, value]) => fill(strings.notes[code] ?? code, { value }));
   const what = [data.sampler, data.scheduler].filter(Boolean).join(", ");

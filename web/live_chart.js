@@ -6,9 +6,10 @@ const SVG = "http://www.w3.org/2000/svg";
 
 const STYLE = `
 div:has(> .gi-live) { pointer-events: none !important; }
-.gi-live { --gi-ink: #222; --gi-soft: #5a5a5a; --gi-grid: #0002; --gi-line: #777; --gi-guided: #0072b2; --gi-paper: #fff;
-  display: flex; flex-direction: column; gap: 2px; width: 100%; height: 100%; box-sizing: border-box; padding: 4px 6px;
-  min-height: 160px; overflow: hidden; pointer-events: none; user-select: none; border-radius: 6px; background: var(--gi-paper);
+.gi-live { --gi-ink: #222; --gi-soft: #5a5a5a; --gi-grid: #0002; --gi-line: #777; --gi-guided: #0072b2;
+  --gi-paper: #fff;  display: flex; flex-direction: column; gap: 2px; width: 100%; height: 100%; box-sizing: border-box; padding: 4px 6px;
+  min-height: 160px; overflow: hidden; pointer-events: none; user-select: none; border-radius: 6px;
+  background: var(--gi-paper);
   color: var(--gi-ink); font: 11px/1.35 Inter, Arial, "Noto Sans CJK JP", sans-serif; }
 .dark-theme .gi-live { --gi-ink: #eee; --gi-soft: #b4b4b4; --gi-grid: #fff2; --gi-line: #999; --gi-guided: #56b4e9;
   --gi-paper: #1b1c1e; }
@@ -39,7 +40,10 @@ div:has(> .gi-live) { pointer-events: none !important; }
 `;
 
 export class Chart {
-  /** actions: {say(chart) -> {line, note, alternative, edge: {lo, hi}}, set(widget name, value), begin(), end(), wheel(e)} */
+  /**
+   * actions: say(data) -> {line, note, alternative, large, edge: {lo, hi}}, the words for an answer of the server;
+   * movable(widget name); set(widget name, value), between begin() and end(), which make it one undo; wheel(event).
+   */
   constructor(actions) {
     addStyle();
     this.actions = actions;
@@ -99,10 +103,24 @@ export class Chart {
     const focused = this.focused();
     const picture = create("g", { role: "img", "aria-label": words.alternative });
     const [low, high] = this.bandNow();
-    create("rect", { class: "band", x: this.box.left, width: Math.max(this.box.right - this.box.left, 0), y: y(high), height: Math.max(y(low) - y(high), 0) }, picture);
+    create(
+      "rect",
+      {
+        class: "band",
+        x: this.box.left,
+        width: Math.max(this.box.right - this.box.left, 0),
+        y: y(high),
+        height: Math.max(y(low) - y(high), 0),
+      },
+      picture,
+    );
     for (const [at, sigma] of data.ticks) {
       create("line", { class: "grid", x1: this.box.left, x2: this.box.right, y1: y(at), y2: y(at) }, picture);
-      create("text", { class: "tick", x: this.box.left - 4, y: y(at) + 3.5, "text-anchor": "end" }, picture).textContent = short(sigma);
+      create(
+        "text",
+        { class: "tick", x: this.box.left - 4, y: y(at) + 3.5, "text-anchor": "end" },
+        picture,
+      ).textContent = short(sigma);
     }
     const steps = data.points.filter((p) => p[3]);
     const last = data.end > 0 ? [[1, data.end]] : [];
@@ -111,7 +129,11 @@ export class Chart {
     const radius = Math.max(1.2, Math.min(4, (0.42 * (this.box.right - this.box.left)) / Math.max(steps.length, 1)));
     for (const [px, py, wasGuided, isStep] of data.points) {
       const guided = this.drag ? py > low && py <= high : wasGuided; // Until the server has said it.
-      create("circle", { class: guided ? "dot guided" : "dot", cx: x(px), cy: y(py), r: isStep ? radius : radius * 0.6 }, picture);
+      create(
+        "circle",
+        { class: guided ? "dot guided" : "dot", cx: x(px), cy: y(py), r: isStep ? radius : radius * 0.6 },
+        picture,
+      );
     }
     create("text", { class: "large", x: width / 2, y: height / 2 + 14 }, picture).textContent = words.large ?? "";
     this.svg.replaceChildren(picture);
@@ -152,7 +174,17 @@ export class Chart {
     if (!movable) return;
     const coarse = matchMedia("(pointer: coarse)").matches ? 16 : 8;
     create("rect", { class: "grip", x: this.box.right - 22, width: 18, y: -5, height: 10, rx: 5 }, group);
-    const area = create("rect", { class: "area", x: this.box.left, width: Math.max(this.box.right - this.box.left, 0), y: -coarse, height: 2 * coarse }, group);
+    const area = create(
+      "rect",
+      {
+        class: "area",
+        x: this.box.left,
+        width: Math.max(this.box.right - this.box.left, 0),
+        y: -coarse,
+        height: 2 * coarse,
+      },
+      group,
+    );
     group.dataset.giEdge = side;
     group.setAttribute("tabindex", "0");
     group.setAttribute("role", "slider");
@@ -197,7 +229,11 @@ export class Chart {
     const move = (e) => e.pointerId === event.pointerId && place(e);
     const stop = (e) => {
       if (e.pointerId !== event.pointerId) return;
-      for (const [kind, fn] of [["pointermove", move], ["pointerup", stop], ["pointercancel", stop]]) {
+      for (const [kind, fn] of [
+        ["pointermove", move],
+        ["pointerup", stop],
+        ["pointercancel", stop],
+      ]) {
         window.removeEventListener(kind, fn, true);
       }
       this.data.band[side === "lo" ? 0 : 1] = this.drag.y;
@@ -214,7 +250,8 @@ export class Chart {
 
   key(event, side) {
     const stride = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1, PageUp: 10, PageDown: -10 }[event.key];
-    if ((!stride && event.key !== "Home" && event.key !== "End") || event.ctrlKey || event.metaKey || event.altKey) return;
+    if ((!stride && event.key !== "Home" && event.key !== "End") || event.ctrlKey || event.metaKey || event.altKey)
+      return;
     event.preventDefault();
     event.stopPropagation();
     const stops = this.allowed(side);

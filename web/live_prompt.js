@@ -5,7 +5,18 @@
 
 const MUTED = 2;
 const BYPASSED = 4;
-const HEAVY = new Set(["CONDITIONING", "LATENT", "IMAGE", "MASK", "VAE", "CLIP", "CLIP_VISION", "CONTROL_NET", "AUDIO", "VIDEO"]);
+const HEAVY = new Set([
+  "CONDITIONING",
+  "LATENT",
+  "IMAGE",
+  "MASK",
+  "VAE",
+  "CLIP",
+  "CLIP_VISION",
+  "CONTROL_NET",
+  "AUDIO",
+  "VIDEO",
+]);
 const IGNORED = new Set(["seed", "noise_seed", "control_after_generate"]);
 
 const nodesOf = (graph) => graph.nodes ?? graph._nodes ?? [];
@@ -39,7 +50,11 @@ function collect(level, entries, depth) {
   for (const node of nodesOf(level.graph)) {
     entries.push({ node, level });
     if (isSubgraph(node) && node.mode !== MUTED && node.mode !== BYPASSED) {
-      collect({ graph: node.subgraph, path: `${level.path}${node.id}:`, parent: level, host: node }, entries, depth + 1);
+      collect(
+        { graph: node.subgraph, path: `${level.path}${node.id}:`, parent: level, host: node },
+        entries,
+        depth + 1,
+      );
     }
   }
 }
