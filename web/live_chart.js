@@ -7,8 +7,9 @@ const SVG = "http://www.w3.org/2000/svg";
 const STYLE = `
 div:has(> .gi-live) { pointer-events: none !important; }
 .gi-live { --gi-ink: #222; --gi-soft: #5a5a5a; --gi-grid: #0002; --gi-line: #777; --gi-guided: #0072b2;
-  --gi-paper: #fff;  display: flex; flex-direction: column; gap: 2px; width: 100%; height: 100%; box-sizing: border-box; padding: 4px 6px;
-  min-height: 160px; overflow: hidden; pointer-events: none; user-select: none; border-radius: 6px;
+  --gi-paper: #fff; display: flex; flex-direction: column; gap: 2px; width: 100%; height: 100%; min-height: 160px;
+  box-sizing: border-box; padding: 4px 6px; overflow: hidden; pointer-events: none; user-select: none;
+  border-radius: 6px;
   background: var(--gi-paper);
   color: var(--gi-ink); font: 11px/1.35 Inter, Arial, "Noto Sans CJK JP", sans-serif; }
 .dark-theme .gi-live { --gi-ink: #eee; --gi-soft: #b4b4b4; --gi-grid: #fff2; --gi-line: #999; --gi-guided: #56b4e9;
