@@ -8,7 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..errors import UserError
 from ..noise_level import steps_to_interval
 from ..presets import all_presets, get_preset
-from . import demo, model_patch
+from . import demo, live, model_patch
 from .comparison import compare, parse_intervals, report
 from .guider import TwoModelGuider
 from .model_patch import OPEN, to_interval
@@ -25,6 +25,9 @@ def _schema(**kwargs):
     if "search_aliases" in io.Schema.__dataclass_fields__:  # Newer hosts.
         kwargs["search_aliases"] = ALIASES
     return io.Schema(category="sampling/guidance interval", **kwargs)
+
+
+LIVE = [io.Hidden.unique_id, io.Hidden.prompt]  # By which the page is told of a run.
 
 
 def _advanced(node_input):
@@ -82,9 +85,13 @@ def _outside():
     )
 
 
-def _limited(model, sigma_lo, sigma_hi, units, outside):
+def _limited(node, model, sigma_lo, sigma_hi, units, outside):
     in_units = model_patch.in_edm_units if units == "edm" else model_patch.in_model_units
-    return model_patch.patch_model(model, in_units(to_interval(sigma_lo, sigma_hi)), outside)
+    return _patched(node, model, in_units(to_interval(sigma_lo, sigma_hi)), outside)
+
+
+def _patched(node, model, resolve, outside=model_patch.COND_ONLY):
+    return model_patch.patch_model(model, resolve, outside, live.teller(node, model))
 
 
 CFG_TIP = "Guidance weight inside the interval; the best one is usually higher than without."
@@ -130,6 +137,7 @@ class SigmaInterval(io.ComfyNode):
             "pass is not evaluated: those steps cost half.",
             inputs=[_model(), _sigma_lo(), _sigma_hi(), _units(), _outside()],
             outputs=[_patched_model()],
+            hidden=LIVE,
         )
 
     @classmethod
@@ -139,7 +147,7 @@ class SigmaInterval(io.ComfyNode):
     @classmethod
     def execute(cls, model, sigma_lo, sigma_hi, units="edm", outside=model_patch.COND_ONLY):
         _refuse(cls.validate_inputs(sigma_lo, sigma_hi))
-        return io.NodeOutput(_limited(model, sigma_lo, sigma_hi, units, outside))
+        return io.NodeOutput(_limited(cls, model, sigma_lo, sigma_hi, units, outside))
 
 
 class PercentInterval(io.ComfyNode):
@@ -171,6 +179,7 @@ class PercentInterval(io.ComfyNode):
                 ),
             ],
             outputs=[_patched_model()],
+            hidden=LIVE,
         )
 
     @classmethod
@@ -184,7 +193,7 @@ class PercentInterval(io.ComfyNode):
     @classmethod
     def execute(cls, model, start_percent, end_percent):
         _refuse(cls.validate_inputs(start_percent, end_percent))
-        return io.NodeOutput(model_patch.patch_model(model, model_patch.in_percent(start_percent, end_percent)))
+        return io.NodeOutput(_patched(cls, model, model_patch.in_percent(start_percent, end_percent)))
 
 
 class StepsInterval(io.ComfyNode):
@@ -214,6 +223,7 @@ class StepsInterval(io.ComfyNode):
                 ),
             ],
             outputs=[_patched_model()],
+            hidden=LIVE,
         )
 
     @classmethod
@@ -227,7 +237,7 @@ class StepsInterval(io.ComfyNode):
     @classmethod
     def execute(cls, model, sigmas, first_step, last_step):
         interval = steps_to_interval(sigmas, first_step, last_step)
-        return io.NodeOutput(model_patch.patch_model(model, model_patch.in_model_units(interval)))
+        return io.NodeOutput(_patched(cls, model, model_patch.in_model_units(interval)))
 
 
 class PresetInterval(io.ComfyNode):
@@ -253,12 +263,13 @@ class PresetInterval(io.ComfyNode):
                 io.Float.Output(display_name="cfg", tooltip="The published guidance weight, for the sampler's cfg."),
                 io.String.Output(display_name="source", tooltip="Where the interval was published."),
             ],
+            hidden=LIVE,
         )
 
     @classmethod
     def execute(cls, model, preset, cfg=7.0):
         preset = get_preset(preset)
-        model = model_patch.patch_model(model, model_patch.in_edm_units(preset.interval()))
+        model = _patched(cls, model, model_patch.in_edm_units(preset.interval()))
         return io.NodeOutput(model, cfg if preset.weight is None else preset.weight, preset.source)
 
 
@@ -291,6 +302,7 @@ class IntervalGuider(io.ComfyNode):
                 _outside(),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+            hidden=LIVE,
         )
 
     @classmethod
@@ -311,7 +323,7 @@ class IntervalGuider(io.ComfyNode):
         outside=model_patch.COND_ONLY,
     ):
         _refuse(cls.validate_inputs(sigma_lo, sigma_hi))
-        model = _limited(model, sigma_lo, sigma_hi, units, outside)
+        model = _limited(cls, model, sigma_lo, sigma_hi, units, outside)
         if model_negative is None:
             guider = comfy.samplers.CFGGuider(model)
         else:
@@ -480,6 +492,7 @@ class DemoPrompt(io.ComfyNode):
 
 class GuidanceIntervalExtension(ComfyExtension):
     async def get_node_list(self):
+        live.register_route()
         return [
             SigmaInterval,
             PercentInterval,

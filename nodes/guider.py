@@ -10,6 +10,7 @@ import comfy.model_sampling
 import comfy.samplers
 
 from . import host
+from .model_patch import count_rows
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,9 @@ class TwoModelGuider(comfy.samplers.CFGGuider):
             of_second = comfy.samplers.sampling_function
 
             def predict_negative(x, sigma):
+                options, run = extra_args["model_options"], getattr(self, host.KEY, None)
                 with _in_force(of_second):
-                    return self.second(x, sigma, extra_args["model_options"], seed)
+                    return self.second(x, sigma, options if run is None else count_rows(options, run), seed)
 
             self.predict_negative = predict_negative
             with _in_force(outside):

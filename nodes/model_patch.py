@@ -6,9 +6,12 @@ unchanged; outside it has the conditional prediction alone evaluated (`host.py`)
 is kept between runs: what a run needs to remember lies on its guider and is taken off when the run ends.
 """
 
+import itertools
 import logging
 import math
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -99,28 +102,81 @@ class SamplingRun:
     """What one sampling run remembers.
 
     interval: in the model's noise levels. said: what the log was told. unlimited: the conditional prediction
-    cannot be had alone in this run, which is therefore left as it is.
+    cannot be had alone in this run, which is therefore left as it is. rows: what the network has evaluated.
+    evaluations: [(guided, rows before it, clock)] of each.
     """
 
     interval: GuidanceInterval
     said: set = field(default_factory=set)
     unlimited: bool = False
+    rows: int = 0
+    evaluations: list = field(default_factory=list)
 
     def say(self, text, level=logging.INFO):
         if text not in self.said:
             self.said.add(text)
             log.log(level, "Guidance Interval: %s", text)
 
+    def count(self, executor, x, *args, **kwargs):
+        """A wrapper around the network. A batch's size is known without waiting for it."""
+        self.rows += x.shape[0]
+        return executor(x, *args, **kwargs)
+
+    def report(self, seconds, end):
+        """What happened, and what of CFG everywhere, as what the page is sent.
+
+        rows_cfg and seconds_cfg are None where nothing tells: no evaluation was guided, or too few of either kind
+        were timed. end: rows and clock when the run ended.
+        """
+        guided = [g for g, *_ in self.evaluations]
+        ends = [*self.evaluations[1:], (None, *end)]
+        rows = [b[1] - a[1] for a, b in zip(self.evaluations, ends, strict=True)]
+        # An evaluation begins when its sigma is read, which waits for the one before it. Left out are the first of
+        # either kind, which may load or compile, and the last, which may still be under way.
+        times = {True: [], False: []}
+        for (g, _, start), (_, _, stop) in itertools.pairwise(self.evaluations):
+            times[g].append(stop - start)
+        timed = {kind: of[1:] for kind, of in times.items()}
+        inside = [r for r, g in zip(rows, guided, strict=True) if g]
+        rows_cfg = seconds_cfg = None
+        if inside:
+            rows_cfg = self.rows + round((len(guided) - len(inside)) * sum(inside) / len(inside))
+            rows_cfg -= sum(r for r, g in zip(rows, guided, strict=True) if not g)
+            if all(guided):
+                seconds_cfg = seconds
+            elif timed[True] and timed[False]:
+                more = statistics.median(timed[True]) - statistics.median(timed[False])
+                seconds_cfg = seconds + max(more, 0.0) * (len(guided) - len(inside))
+        return {
+            "rows": self.rows,
+            "seconds": seconds,
+            "evaluations": len(guided),
+            "guided": len(inside),
+            "rows_cfg": rows_cfg,
+            "seconds_cfg": seconds_cfg,
+        }
+
+
+def count_rows(model_options, run):
+    """`model_options` with which the network's rows are counted on `run`."""
+    transformer_options = model_options.get("transformer_options", {})
+    wrappers = transformer_options.get("wrappers", {})
+    of_network = {**wrappers.get(WrappersMP.APPLY_MODEL, {}), f"{host.KEY}_rows": [run.count]}
+    wrappers = {**wrappers, WrappersMP.APPLY_MODEL: of_network}
+    return {**model_options, "transformer_options": {**transformer_options, "wrappers": wrappers}}
+
 
 @dataclass(frozen=True)
 class IntervalPatch:
     """The two wrappers, and the settings they act by.
 
-    resolve: model_sampling -> GuidanceInterval in the model's own noise levels. outside: one of OUTSIDE.
+    resolve: model_sampling -> GuidanceInterval in the model's own noise levels. outside: one of OUTSIDE. tell: is
+    given what each run was (`SamplingRun.report`), or None.
     """
 
     resolve: Callable
     outside: str = COND_ONLY
+    tell: Callable | None = None
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
@@ -130,10 +186,17 @@ class IntervalPatch:
         if len(levels) and run.interval is not NOWHERE and not run.interval.mask(levels).any():
             run.say(_unused(run.interval, levels, model_sampling), logging.WARNING)
         setattr(guider, host.KEY, run)
+        if self.tell is not None:
+            guider.model_options = count_rows(guider.model_options, run)  # The run's own, which the host takes off.
+        start = time.perf_counter()
         try:
-            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             vars(guider).pop(host.KEY, None)
+        if self.tell is not None and run.evaluations:
+            end = time.perf_counter()
+            self.tell(run.report(end - start, (run.rows, end)))
+        return out
 
     def predict_noise(self, executor, x, sigma, model_options={}, seed=None):  # noqa: B006 (the host's signature)
         guider, predict = executor.class_obj, executor.original
@@ -156,6 +219,8 @@ class IntervalPatch:
         if nothing or run.unlimited:
             return predict(x, sigma, model_options, seed)
         guided = run.interval.guided_rows(sigma)  # The one host sync.
+        if self.tell is not None:
+            run.evaluations.append((any(guided), run.rows, time.perf_counter()))
         if all(guided):
             return predict(x, sigma, model_options, seed)
         unguided = self._unguided(run, guider, x, sigma, model_options, seed)
@@ -185,10 +250,10 @@ class IntervalPatch:
         return host.sampling_function(model, x, sigma, cond, 1.0, {**model_options, host.POST_CFG: kept}, seed)
 
 
-def patch_model(model, resolve, outside=COND_ONLY):
+def patch_model(model, resolve, outside=COND_ONLY, tell=None):
     """A clone of `model` (a ModelPatcher) that is guided in the interval alone; an earlier interval is replaced."""
     model = unpatch_model(model)
-    patch = IntervalPatch(resolve, outside)
+    patch = IntervalPatch(resolve, outside, tell)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, host.KEY, patch.outer_sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, host.KEY, patch.predict_noise)
     return model

@@ -12,11 +12,7 @@ import functools
 import importlib.util
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,44 +60,6 @@ def start_comfyui(path, cpu=True):
     return SimpleNamespace(
         path=Path(path), version=comfyui_version.__version__, nodes=nodes.NODE_CLASS_MAPPINGS, ours=ours
     )
-
-
-def install_pack(folder):
-    """Copy what git knows of this repository to `folder`, as users have it in custom_nodes."""
-    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target)
-
-
-def start_server(comfyui_path, base, port=0):
-    """`(process, url)` of a ComfyUI on loopback whose models, custom nodes and outputs are in `base`; it may not be up
-    yet (`wait_for`)."""
-    if not port:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-    command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
-    command += ["--base-directory", str(base), "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(base / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=comfyui_path, stdout=log, stderr=subprocess.STDOUT, env=env)
-    return process, f"http://127.0.0.1:{port}"
-
-
-def wait_for(process, url, base):
-    """Wait until a server answers."""
-    deadline = time.monotonic() + 180
-    while True:
-        try:
-            urllib.request.urlopen(url + "/system_stats", timeout=30).close()
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail("the server did not start:\n" + (base / "log.txt").read_text()[-3000:])
-            time.sleep(0.5)
 
 
 def our_module(host, name):

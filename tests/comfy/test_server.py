@@ -12,25 +12,13 @@ import urllib.error
 import urllib.request
 import uuid
 
-import av
 import comfy_harness as harness
 import numpy as np
 import pytest
 import torch
+from comfy_server import FOLDER, NODES, load_workflow, new_base, node_inputs, running, to_prompt
 from PIL import Image
 
-FOLDER = "any-name"
-NODES = {
-    "GuidanceInterval",
-    "GuidanceIntervalPercent",
-    "GuidanceIntervalSteps",
-    "GuidanceIntervalPreset",
-    "GuidanceIntervalGuider",
-    "GuidanceIntervalSchedule",
-    "GuidanceIntervalCompare",
-    "GuidanceIntervalDemoModel",
-    "GuidanceIntervalDemoPrompt",
-}
 WORKFLOWS = sorted(path.stem for path in (harness.ROOT / "workflows").glob("*.json"))
 SMALL = {"steps": 4, "width": 64, "height": 64, "length": 5, "seconds": 1.0}
 
@@ -135,63 +123,16 @@ def ace_step():
 # The server.
 
 
-class Server:
-    def __init__(self, url, folder):
-        self.url, self.folder = url, folder
-
-    def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return json.load(response)
-
-    def post(self, path, body):
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
-
-    def run(self, prompt, timeout=180):
-        """The outputs of each node of a prompt, {node id: outputs}; fails with the server's error."""
-        number = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            history = self.get(f"/history/{number}").get(number)
-            if history and history["status"]["completed"]:
-                return history["outputs"]
-            if history and history["status"]["status_str"] == "error":
-                pytest.fail(json.dumps(history["status"]["messages"][-1])[:2000])
-            time.sleep(0.2)
-        pytest.fail(f"not finished after {timeout} s")
-
-    def read(self, entry):
-        """A saved picture, the frames of a video, or a sound in one piece; arrays, channels last."""
-        with av.open(self.folder / entry["type"] / entry.get("subfolder", "") / entry["filename"]) as file:
-            if file.streams.video:
-                return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-            return [np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1).T]
-
-
 @pytest.fixture(scope="module")
 def server(host, comfyui_path, tmp_path_factory):
-    base = tmp_path_factory.mktemp("server")
-    for name in ("custom_nodes", "input", "output", "temp", "user"):
-        (base / name).mkdir()
-    for name in ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae"):
-        (base / "models" / name).mkdir(parents=True)
-    harness.install_pack(base / "custom_nodes" / FOLDER)
+    base = new_base(tmp_path_factory.mktemp("server"))
     shutil.copy(harness.ROOT / "tests" / "comfy" / "small_ace_step.py", base / "custom_nodes")
     save_models(host, base / "models")
     picture = Image.radial_gradient("L").resize((64, 64)).convert("RGBA")
     picture.paste((0, 0, 0, 0), (16, 16, 48, 48))  # What the mask editor leaves: transparent where to paint.
     picture.save(base / "input" / "example.png")
-
-    process, url = harness.start_server(comfyui_path, base)
-    server = Server(url, base)
-    try:
-        harness.wait_for(process, url, base)
+    with running(comfyui_path, base) as server:
         yield server
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -200,49 +141,7 @@ def object_info(server):
 
 
 # ----------------------------------------------------------------------------
-# From the file that a user opens to what the front end sends.
-
-
-def node_inputs(info):
-    """[(name, type, options)] in the order of the node's widgets."""
-    fields = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-    return [(name, field[0], field[1] if len(field) > 1 else {}) for name, field in fields.items()]
-
-
-def to_prompt(workflow, object_info):
-    """API format of a workflow in UI format; asserts that every node exists and every link fits."""
-    links = {link[0]: link for link in workflow["links"]}
-    by_id = {node["id"]: node for node in workflow["nodes"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] == "MarkdownNote":
-            continue
-        assert node["type"] in object_info, f"{node['type']} is missing"
-        linked = {i["name"]: i["link"] for i in node["inputs"] if i["link"] is not None}
-        values = iter(node["widgets_values"])
-        inputs = {}
-        fields = node_inputs(object_info[node["type"]])
-        while fields:
-            name, kind, options = fields.pop(0)
-            is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-            if kind == "COMFY_DYNAMICCOMBO_V3":  # Of newer hosts: each choice has inputs of its own.
-                choices = {choice["key"]: choice for choice in options["options"]}
-                inputs[name] = next(values, next(iter(choices)))
-                of_choice = node_inputs({"input": choices[inputs[name]]["inputs"]})
-                fields[:0] = [(f"{name}.{field}", *rest) for field, *rest in of_choice]
-            if is_widget:
-                inputs[name] = next(values, options.get("default"))  # A newer host's node may have more widgets.
-                if options.get("control_after_generate") or options.get("image_upload"):
-                    next(values, None)
-            if name in linked:
-                _, source, slot, target, _, link_type = links[linked[name]]
-                assert target == node["id"]
-                output = object_info[by_id[source]["type"]]["output"][slot]
-                assert link_type == output and kind in (output, "*"), (node["type"], name)
-                inputs[name] = [str(source), slot]
-        assert node["type"] not in NODES or next(values, None) is None  # The host's own may have lost some.
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
+# Workflows, small.
 
 
 def shrink(prompt):
@@ -258,10 +157,6 @@ def shrink(prompt):
         if inputs.get("type") == "wan":
             inputs["type"] = "sd3"  # See save_models.
     return prompt
-
-
-def load_workflow(name):
-    return json.loads((harness.ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def results(server, prompt):
@@ -321,7 +216,7 @@ def test_english_says_the_same_in_the_node_its_locale_and_its_help(object_info):
 
 
 def small_prompt(name, object_info):
-    if name == "ace_step_audio" and "VAEDecodeAudio" not in object_info:
+    if name == "11_ace_step_audio" and "VAEDecodeAudio" not in object_info:
         pytest.skip("a ComfyUI without torchaudio has no audio nodes")
     return shrink(to_prompt(load_workflow(name), object_info))
 
@@ -331,14 +226,14 @@ def test_workflows(server, object_info, name):
     prompt = small_prompt(name, object_info)
     assert any(node["class_type"] in NODES for node in prompt.values())
     saved = results(server, prompt)
-    assert len(saved) == SMALL["length"] if name == "wan_video" else saved
+    assert len(saved) == SMALL["length"] if name == "10_wan_video" else saved
     for array in saved:
         values = array.reshape(-1, array.shape[-1])
         assert np.isfinite(values).all()
         assert values.std(axis=0).max() > 0.01 * np.abs(values).max()  # Not one colour, not silence.
 
 
-@pytest.mark.parametrize("name", ["sdxl_ksampler", "wan_video", "ace_step_audio"])
+@pytest.mark.parametrize("name", ["03_sdxl_ksampler", "10_wan_video", "11_ace_step_audio"])
 def test_an_open_interval_gives_the_same_as_plain_cfg(server, object_info, name):
     def saved(plain=False, **bounds):
         prompt = small_prompt(name, object_info)
@@ -364,7 +259,7 @@ def test_an_open_interval_gives_the_same_as_plain_cfg(server, object_info, name)
     ],
 )
 def test_bad_bounds_are_refused_before_anything_is_queued(server, object_info, bounds, message):
-    prompt = shrink(to_prompt(load_workflow("sdxl_ksampler"), object_info))
+    prompt = shrink(to_prompt(load_workflow("03_sdxl_ksampler"), object_info))
     for node in prompt.values():
         if node["class_type"] == "GuidanceInterval":
             node["inputs"] |= bounds
@@ -375,7 +270,7 @@ def test_bad_bounds_are_refused_before_anything_is_queued(server, object_info, b
 
 
 def test_hidden_inputs_need_not_be_sent(server, object_info):
-    prompt = small_prompt("sdxl_ksampler", object_info)
+    prompt = small_prompt("03_sdxl_ksampler", object_info)
     (ours,) = (node for node in prompt.values() if node["class_type"] == "GuidanceInterval")
     complete = [array.tobytes() for array in results(server, prompt)]
     assert ours["inputs"].pop("units") == "edm" and ours["inputs"].pop("outside") == "conditional only"
@@ -387,7 +282,7 @@ def test_a_lora_on_one_side_of_the_guider(server, object_info, side):
     """One checkpoint gives what two files give, of which nothing is shared."""
 
     def saved(second_file, lora=True):
-        prompt = small_prompt("autoguidance_two_models", object_info)
+        prompt = small_prompt("09_autoguidance_two_models", object_info)
         (guider,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "GuidanceIntervalGuider")
         first, second = guider["model"][0], guider["model_negative"][0]
         prompt[first]["inputs"]["ckpt_name"] = "sd.safetensors"
@@ -405,7 +300,7 @@ def test_a_lora_on_one_side_of_the_guider(server, object_info, side):
 
 
 def test_what_the_comparison_cannot_do_is_refused(server, object_info):
-    prompt = small_prompt("compare_intervals", object_info)
+    prompt = small_prompt("05_compare_intervals", object_info)
     (ours,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "GuidanceIntervalCompare")
     for field, value, message in (
         ("denoise", 0.0, "smaller than min of 0.01"),
@@ -438,7 +333,7 @@ def test_the_nodes_are_found_by_what_users_call_them(object_info):
 
 def test_the_workflow_that_needs_no_download_runs_as_it_is(server, object_info):
     start = time.monotonic()
-    (grid,) = results(server, to_prompt(load_workflow("try_it"), object_info))
+    (grid,) = results(server, to_prompt(load_workflow("01_try_it"), object_info))
     assert time.monotonic() - start < 60
     assert grid.shape == (44 + 6 * 256, 3 * 256, 3)
     everywhere, interval, none = (grid[44:, 256 * i : 256 * (i + 1)] for i in range(3))

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 
-import comfy_harness as harness
+import comfy_server
 import optuna
 import pytest
 from guidance_interval import presets
@@ -24,7 +24,7 @@ TRIALS, IMAGES = 6 if KILLS == 1 else 20, 8
 
 
 def graph(**sampler):
-    """`workflows/try_it.json` for the API, with a sampler in the comparison's place."""
+    """`workflows/01_try_it.json` for the API, with a sampler in the comparison's place."""
     inputs = dict(seed=2, steps=6, cfg=4.0, sampler_name="dpmpp_2m", scheduler="karras", denoise=1.0) | sampler
     links = dict(model=["1", 0], positive=["2", 0], negative=["3", 0], latent_image=["1", 2])
     return {
@@ -45,14 +45,14 @@ class Servers:
         for base in self.bases:
             for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
                 (base / name).mkdir(parents=True)
-            harness.install_pack(base / "custom_nodes" / "pack")
+            comfy_server.install_pack(base / "custom_nodes" / "pack")
 
     def start(self, *which):
         for i in which or (0, 1):
             port = int(self.running[i][1].rsplit(":")[-1]) if i in self.running else 0
-            self.running[i] = harness.start_server(self.path, self.bases[i], port)
+            self.running[i] = comfy_server.start_server(self.path, self.bases[i], port)
         for i in which or (0, 1):
-            harness.wait_for(*self.running[i], self.bases[i])
+            comfy_server.wait_for(*self.running[i], self.bases[i])
 
     def kill(self, i):
         self.running[i][0].kill()
