@@ -82,6 +82,8 @@ class Eye:
     def check(self, prompts):
         pass
 
+    look = check
+
     def measure(self, images, prompts):
         pixels = torch.tensor(np.stack([np.asarray(i)[0, 0] for i in images]), dtype=torch.float64)
         return pixels[:, 1:] / 50, pixels[:, 0]
@@ -711,8 +713,11 @@ def test_a_study_judged_by_clip_with_a_reference(small_clip, tmp_path):
     torch.testing.assert_close(features.norm(dim=1), torch.ones(4, dtype=torch.float64))
     text = torch.nn.functional.normalize(judge.clip.text_rows(prompts[:4]).double(), dim=1)
     torch.testing.assert_close(scores, 100 * (features * text).sum(1).clamp(min=0), rtol=1e-4, atol=1e-3)
+    shown, rows = [], judge.clip.rows
+    judge.clip.rows = lambda tensors: shown.append(len(tensors)) or rows(tensors)
     search = make_search(tmp_path, judge=judge, prompts=prompts, trials=4)
     search.run()
+    assert sum(shown) <= len(search.backend.jobs)  # None is embedded twice.
     assert search.goal.keys == ("rows", "distance") and search.goal.margin == 0.5
     found = confirm.report(search, tmp_path / "out", confirm.confirm(search, tmp_path / "out"))
     assert all(s["confirmed"]["distance"]["value"][0] > 0 for s in found["settings"])

@@ -1,6 +1,7 @@
 """The judge of images with text prompts: CLIP."""
 
 import contextlib
+import hashlib
 import math
 
 import torch
@@ -12,6 +13,7 @@ from ..measure.folder import Folder
 from ..measure.metrics import clip_score, cmmd, kernel_mean
 
 BATCH = 16
+KEPT = 4096  # Images whose features are kept.
 
 
 @contextlib.contextmanager
@@ -39,7 +41,7 @@ class ClipJudge:
         with _options():
             self.clip, self.reference = CLIP(device, source), reference
             self.identity = self.clip.text_identity
-        self._texts, self._real, self._kernel = {}, None, math.nan
+        self._texts, self._seen, self._real, self._kernel = {}, {}, None, math.nan
 
     def check(self, prompts):
         """Load what is needed now, so that nothing is missing after the first image."""
@@ -57,10 +59,23 @@ class ClipJudge:
                 )
             self._real = folder.rows(self.clip)
             self._kernel = kernel_mean(self._real)
-            self.identity += f", reference {self._kernel.item():.6g}"
+            self.identity += f", reference of {len(folder.keys)} images, {self._kernel.item():.3g}"
+
+    def look(self, image):
+        """Work ahead: called with each image as it comes, while servers render others."""
+        self._features([image])
 
     def _features(self, images):
-        return self.clip.rows([self.clip.preprocess(image.convert("RGB")) for image in images])
+        """Float32 [N, D]; those of images that were seen lately are kept, as a race looks at them again."""
+        keys = [hashlib.sha256(image.tobytes()).digest() for image in images]
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._seen}
+        if new:
+            rows = self.clip.rows([self.clip.preprocess(image.convert("RGB")) for image in new.values()])
+            self._seen |= dict(zip(new, rows, strict=True))
+        found = torch.stack([self._seen[key] for key in keys])
+        for key in list(self._seen)[:-KEPT]:
+            del self._seen[key]
+        return found
 
     def measure(self, images, prompts):
         """`(features [N, D] of norm 1, adherence [N])` of PIL images and their prompts, float64."""

@@ -105,6 +105,9 @@ class EmojiJudge:
     def check(self, prompts):
         """Nothing is missing."""
 
+    def look(self, image):
+        """All images at once are faster."""
+
     def measure(self, images, prompts):
         """`(features [N, D], adherence [N])` of PIL images and their prompts, float64."""
         size = (self.lab.config["image_size"],) * 2

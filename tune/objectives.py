@@ -4,6 +4,12 @@ Images come in blocks: one prompt and SEEDS seeds. A block is what is drawn, the
 intervals resample blocks. Each metric is a mean over blocks of what they contribute: for a mean over images or pairs
 that of the block, for a distance, which is of all images at once, its value plus the influence of the block's images
 (`measure/metrics.py`). Two settings that rendered the same blocks are compared by the difference of contributions.
+
+A judge (`emoji.EmojiJudge`, `clip.ClipJudge`) has
+- `adherence`, the name of its measure, with the `margin` that a setting may lose of it and `digits` to show;
+- `reference`, what distances are to, or None, and `distance_name`; `identity`, which changes with its weights;
+- `check(prompts)`, which loads what it needs, `look(image)`, called with each image as it comes, and
+- `measure(images, prompts)` and `distance(features)`.
 """
 
 import math

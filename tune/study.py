@@ -407,6 +407,7 @@ class Search:
         for i, rendered in self.backend.render([job for _, job in todo]):
             at, job = todo[i]
             have[at] = folder.put(at, job, rendered)
+            self.judge.look(rendered.image)
             self.view.image()
         got = [have[at] for at, _ in wanted]
         return objectives.measure(
