@@ -179,7 +179,7 @@ def _save(found, name, which):
         "difference": {k: [v for v in c["difference"]] for k, c in kept.items()},
     }
     file = presets.save_mine(name, entry)
-    print(f"saved {setting['id']} as the preset {name!r} in {file}; reload ComfyUI's page or restart Automatic1111 to see it")
+    print(f"saved {setting['id']} as the preset {name!r} in {file}: reload ComfyUI's page, or restart Automatic1111")
 
 
 # ----------------------------------------------------------------------------
