@@ -186,8 +186,8 @@ def test_a_flow_model(host):
 def test_the_shared_model_is_left_as_it_was(host):
     base = harness.tiny_model("sd15")
     key = KEY.removesuffix(".weight")
-    before = base.get_model_object(key).weight.clone()
     plain = run(guider_of(base, harness.conditioning(1), CFG, harness.conditioning(2)), base)
+    before = base.get_model_object(key).weight.clone()  # Not earlier: another clone's patches may lie on them till then.
     check(host, LORA_A, LORA_B)
     assert torch.equal(plain, run(guider_of(base, harness.conditioning(1), CFG, harness.conditioning(2)), base))
     assert torch.equal(before, base.get_model_object(key).weight)
