@@ -187,7 +187,7 @@ def test_the_shared_model_is_left_as_it_was(host):
     base = harness.tiny_model("sd15")
     key = KEY.removesuffix(".weight")
     plain = run(guider_of(base, harness.conditioning(1), CFG, harness.conditioning(2)), base)
-    before = base.get_model_object(key).weight.clone()  # Not earlier: another clone's patches may lie on them till then.
+    before = base.get_model_object(key).weight.clone()  # Till now another clone's patches may have lain on it.
     check(host, LORA_A, LORA_B)
     assert torch.equal(plain, run(guider_of(base, harness.conditioning(1), CFG, harness.conditioning(2)), base))
     assert torch.equal(before, base.get_model_object(key).weight)
