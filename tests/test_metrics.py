@@ -181,14 +181,23 @@ def measure(n):
 
 
 def test_the_heap_is_not_left_in_pieces():
-    """With buffers of the usual size, which glibc keeps: 200,000 samples more are 195 MiB, in 24 parts."""
+    """With buffers of the usual size, which glibc keeps: 200,000 samples more are 195 MiB, in 24 parts.
+
+    Where the libraries' own memory lies varies from run to run, and in some the heap cannot shrink; our pieces would be
+    left in every one.
+    """
     code = """
 def measure(n):
     x = torch.empty(n, 256).uniform_()
     metrics.frechet_distance(x, *metrics.gaussian(x), influence=True), metrics.vendi(x, True)
 """
-    few, many = peaks(code, 50_000, 250_000)
-    assert few < many < few + 195 + 60, (few, many)
+    seen = []
+    for _ in range(6):
+        few, many = peaks(code, 50_000, 250_000)
+        seen.append((few, many))
+        if few < many < few + 195 + 60:
+            return
+    pytest.fail(f"each time: {seen}")
 
 
 def test_mean_distance_is_that_of_all_pairs():
