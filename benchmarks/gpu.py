@@ -697,8 +697,8 @@ def run_plan(plan, runs_of, device, minutes, save):
                 with limited(min(left, 3 * config.seconds) + 5), torch.inference_mode():
                     row |= compared(measure(config, runs_of(config), device, end), config.steps)
             except Exception as e:
-                row["error"] = f"{type(e).__name__}: {str(e)[:300]}"
-                row["trace"] = traceback.format_exc()[-1500:]
+                row["error"] = f"{type(e).__name__}: {str(e)[:300]}".splitlines()[0]
+                traceback.print_exc()  # Not into the file, which is published.
                 if device.type == "cuda":
                     gc.collect()
                     torch.cuda.empty_cache()
