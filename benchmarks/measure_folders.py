@@ -23,7 +23,7 @@ SETTINGS = [Setting("cfg", 2.0), Setting("interval", 6.0, GuidanceInterval(0.1, 
 
 def write(folder, lab, samples):
     """Class folders of PNG files: folder/<digit>/<number>.png."""
-    pixels = data.to_pixels(samples.x.cpu(), lab.config["pixel_mean"], lab.config["pixel_std"]).numpy()
+    pixels = data.to_pixels(samples.x[:, 0].cpu(), lab.config["pixel_mean"], lab.config["pixel_std"]).numpy()
     for i, (image, label) in enumerate(zip(pixels, samples.labels.tolist(), strict=True)):
         path = folder / str(label) / f"{i:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

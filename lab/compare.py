@@ -9,7 +9,6 @@ them a ratio lies further from 1.
 
 import itertools
 import math
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -83,12 +82,8 @@ def against(limited, curve, judge="fd", labels=None):
     Of weights that another one of `limited` beats in accuracy and distance nobody would choose any: they are left out.
     None when no weight is left. The average is over these weights.
     """
-    value = lambda judged: (judged[0].accuracy, -getattr(judged[0], judge))  # noqa: E731
-    beaten = lambda judged: any(  # noqa: E731
-        value(other) != value(judged) and all(map(operator.ge, value(other), value(judged)))
-        for other in limited.values()
-    )
-    limited = {w: judged for w, judged in limited.items() if not beaten(judged)}
+    chosen = front({w: (scores.accuracy, getattr(scores, judge)) for w, (scores, _) in limited.items()})
+    limited = {w: judged for w, judged in limited.items() if w in chosen}
     pairs = {w: (_log(judged, judge), _at_equal_accuracy(judged, curve, judge)) for w, judged in limited.items()}
     pairs = {w: (a, b) for w, (a, b) in pairs.items() if b is not None}
     if not pairs:
@@ -96,6 +91,16 @@ def against(limited, curve, judge="fd", labels=None):
     sides = zip(*pairs.values(), strict=True)
     means = [(sum(log for log, _ in side) / len(pairs), sum(moved for _, moved in side) / len(pairs)) for side in sides]
     return Against(_ratio(*means, labels), [(w, _ratio(a, b, labels)) for w, (a, b) in pairs.items()])
+
+
+def front(points):
+    """The keys of `{key: (accuracy, distance)}` that no other one beats in both, from the least accurate on."""
+    best, keys = math.inf, []
+    for key in sorted(points, key=lambda k: (-points[k][0], points[k][1])):
+        if points[key][1] < best:
+            best = points[key][1]
+            keys.append(key)
+    return keys[::-1]
 
 
 def _at_equal_accuracy(limited, curve, judge):

@@ -62,6 +62,6 @@ def to_model(images, pixel_mean, pixel_std):
 
 
 def to_pixels(x, pixel_mean, pixel_std):
-    """The first channel of [N, C, H, W] on the model's scale to uint8 [N, H, W]; what is out of range is clipped."""
-    x = x[:, 0] * (pixel_std / SIGMA_DATA) + pixel_mean
+    """Images x of any shape on the model's scale to uint8; what is out of range is clipped."""
+    x = x * (pixel_std / SIGMA_DATA) + pixel_mean
     return x.mul(255).round().clamp(0, 255).to(torch.uint8)

@@ -40,9 +40,8 @@ def grid(path, runs, pixel_mean, pixel_std, titles=()):
     """One row of images per `demo.Run`, the same seeds in every row; titles: of groups of as many columns, if any."""
     fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.62 * len(runs) + 0.6), squeeze=False)
     for ax, run in zip(axes[:, 0], runs, strict=True):
-        x = run.drawn.x[:COLUMNS].cpu()
-        pixels = torch.stack([to_pixels(x[:, c : c + 1], pixel_mean, pixel_std) for c in range(x.shape[1])], dim=1)
-        if x.shape[1] == 1:  # Grey: dark ink on white.
+        pixels = to_pixels(run.drawn.x[:COLUMNS].cpu(), pixel_mean, pixel_std)
+        if pixels.shape[1] == 1:  # Grey: dark ink on white.
             pixels = (255 - pixels).expand(-1, 3, -1, -1)
         pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=255)
         ax.imshow(pixels.permute(2, 0, 3, 1).flatten(1, 2), interpolation="nearest")

@@ -361,14 +361,9 @@ def draw_saturation(scale, results, out, device):
 
 def pixel_values(lab, setting, num):
     """`metrics.pixel_statistics` of each of `num` samples, float64 [num, 3]."""
-    pixels = to_pixels(lab, sample(lab, setting, num, SAMPLER, STEPS).x)
+    x = sample(lab, setting, num, SAMPLER, STEPS).x.cpu()
+    pixels = data.to_pixels(x, lab.config["pixel_mean"], lab.config["pixel_std"]).permute(0, 2, 3, 1)
     return torch.stack([metrics.pixel_statistics(image.numpy()) for image in pixels]).double()
-
-
-def to_pixels(lab, x):
-    """Samples x [N, 3, H, W] as they are saved: uint8 [N, H, W, 3]."""
-    scale = lab.config["pixel_mean"], lab.config["pixel_std"]
-    return torch.stack([data.to_pixels(x[:, c : c + 1].cpu(), *scale) for c in range(x.shape[1])], dim=-1)
 
 
 def with_interval(values):
@@ -473,8 +468,7 @@ def sample_clips(weight=4.0):
     """Ten clips, one for each class, sampled in the digits' interval: uint8 [10, 6, 20, 20]."""
     lab = sweep.load_lab("clips", "cpu")
     drawn = sample(lab, Setting("", weight, INTERVALS["digits"]), 10, SAMPLER, STEPS)
-    scale = lab.config["pixel_mean"], lab.config["pixel_std"]
-    return torch.stack([data.to_pixels(drawn.x[:, t : t + 1], *scale) for t in range(data.FRAMES)], dim=1).numpy()
+    return data.to_pixels(drawn.x, lab.config["pixel_mean"], lab.config["pixel_std"]).numpy()
 
 
 FIGURES = {

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder
 from ..sampler_patch import GuidanceInterval
-from . import model, plots, workers
+from . import compare, model, plots, workers
 from .sampling import Setting, check_seed, check_weight, evaluations, get_sampler, sample
 from .scores import SCORES_VERSION, Scores, judge_samples
 
@@ -398,12 +398,7 @@ def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devic
 
 def frontier(results):
     """The cells that no other cell beats in both accuracy and distance, from the least accurate on."""
-    best, cells = math.inf, []
-    for cell in sorted(results, key=lambda c: (-results[c].scores.accuracy, results[c].scores.fd)):
-        if results[cell].scores.fd < best:
-            best = results[cell].scores.fd
-            cells.append(cell)
-    return cells[::-1]
+    return compare.front({cell: (r.scores.accuracy, r.scores.fd) for cell, r in results.items()})
 
 
 def table(results):

@@ -75,8 +75,7 @@ class Emoji:
 
     def to_pixels(self, x):
         """uint8 [N, 3, H, W] of x on the model's scale."""
-        mean, std = self.lab.config["pixel_mean"], self.lab.config["pixel_std"]
-        return (x * (std / data.SIGMA_DATA) + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+        return data.to_pixels(x, self.lab.config["pixel_mean"], self.lab.config["pixel_std"])
 
     def to_images(self, x):
         pixels = self.to_pixels(x).repeat_interleave(ENLARGE, 2).repeat_interleave(ENLARGE, 3)
