@@ -2,7 +2,7 @@
 
     python benchmarks/tune_quality.py --device cuda --workers 14 --out out/tune-quality
 
-Several GPUs are `--device cuda:0 cuda:1`, with so many workers on each. What is finished is kept in --out: dense.json,
+Several GPUs are `--device cuda:0 cuda:1`, with so many workers on each. What is finished is kept in --out: dense.npz,
 studies.json, and the tables in quality.md.
 
 The dense sweep renders every interval that guides other steps (78 for 12 steps) at ten weights. It gives the true
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
-from guidance_interval.files import aligned
+from guidance_interval.files import aligned, atomic_path
 from guidance_interval.lab import workers
 from guidance_interval.tune import confirm, emoji, objectives, study
 from guidance_interval.tune.backends import Job, Setting, everywhere
@@ -106,7 +106,7 @@ class Truth:
         """`(rows, variety, adherence)`, float64."""
         guided = [] if setting.weight == 1 else setting.interval.mask(self.sigmas).nonzero()[:, 0].tolist()
         if not guided:
-            return self.cells[None]
+            return self.cells[-1, -1, 1.0]
         known = [self.cells[guided[0], guided[-1], w] for w in WEIGHTS]
         at = math.log(min(max(setting.weight, WEIGHTS[0]), WEIGHTS[-1]))
         return tuple(float(np.interp(at, np.log(WEIGHTS), [k[i] for k in known])) for i in range(3))
@@ -135,19 +135,24 @@ def run_all(tasks, args, what):
 
 
 def dense(args):
-    file = args.out / "dense.json"
+    """`(Truth, number of images)` of dense.npz: `keys` [cells, 3] (first and last guided step, weight; -1 for
+    conditional only), `rows` [cells], `adherence` and `variety` [cells, blocks]."""
+    file = args.out / "dense.npz"
     sigmas = emoji.Emoji().sigmas.tolist()
     if not file.exists():
         steps = range(len(sigmas))
         cells = {(a, b, w): steps_setting(sigmas, a, b, w) for a in steps for b in steps if a <= b for w in WEIGHTS}
-        cells[None] = study.CONDITIONAL
+        cells[-1, -1, 1.0] = study.CONDITIONAL
         tasks = {k: (("dense", str(s)), measure_densely, s, args.dense, args.classes) for k, s in cells.items()}
         found = dict(run_all(tasks, args, "dense sweep"))
-        rows = [[k, v[0], v[2].mean(), v[1].mean()] for k, v in found.items()]
-        file.write_text(json.dumps({"images": len(cells) * len(found[None][1]) * SEEDS, "cells": rows}))
-    told = json.loads(file.read_text())
-    cells = {None if k is None else tuple(k): tuple(v) for k, *v in told["cells"]}
-    return Truth(cells, sigmas), told["images"]
+        rows, adherence, variety = (np.stack([found[k][i] for k in cells]) for i in range(3))
+        with atomic_path(file) as tmp, tmp.open("wb") as f:
+            small = dict(adherence=adherence.astype("float32"), variety=variety.astype("float32"))
+            np.savez_compressed(f, keys=np.array(list(cells)), rows=rows, **small)
+    with np.load(file) as told:
+        values = zip(told["rows"], told["variety"].mean(1), told["adherence"].mean(1), strict=True)
+        cells = {(int(a), int(b), w): tuple(map(float, v)) for (a, b, w), v in zip(told["keys"], values, strict=True)}
+        return Truth(cells, sigmas), told["adherence"].size * SEEDS
 
 
 def studies(args):
@@ -166,7 +171,7 @@ def studies(args):
 
 
 def search_table(args, truth, dense_images, found):
-    whole = truth.area([steps_setting(truth.sigmas.tolist(), *k) for k in truth.cells if k is not None])
+    whole = truth.area([steps_setting(truth.sigmas.tolist(), *k) for k in truth.cells if k[0] >= 0])
     head = ["search", "images", "tried", "front", "tried >= 95 %", "front >= 95 %"]
     body, detail = [], {}
     for name in args.samplers:
