@@ -156,15 +156,11 @@ def dense(args):
 
 
 def studies(args):
-    wanted = [
-        (seed, name)
-        for name in args.samplers
-        for seed in range(args.studies if name == args.samplers[0] else args.seeds)
-    ]
+    wanted = [(seed, name) for name in args.samplers for seed in range(args.studies if name == "tpe" else args.seeds)]
     file = args.out / "studies.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     tasks = {
-        f"{name} {seed}": ((name, str(seed)), run_study, seed, name, args.trials, args.images, name == args.samplers[0])
+        f"{name} {seed}": ((name, str(seed)), run_study, seed, name, args.trials, args.images, name == "tpe")
         for seed, name in wanted
         if f"{name} {seed}" not in known
     }
@@ -202,7 +198,7 @@ def coverage_table(args, found):
     settings = {"baseline": everywhere(emoji.Emoji.weight)}
     chosen = {}
     for seed in range(args.studies):
-        for place, c in enumerate(found[f"{args.samplers[0]} {seed}"]["confirmed"], 1):
+        for place, c in enumerate(found[f"tpe {seed}"]["confirmed"], 1):
             chosen[seed, place] = c
             settings[seed, place] = Setting(*c["setting"])
     tasks = {k: (("true", str(k)), measure_densely, s, args.groups, args.classes) for k, s in settings.items()}
@@ -236,8 +232,7 @@ def main():
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5, help="studies of each sampler that are compared")
     parser.add_argument("--studies", type=int, default=20, help="studies whose confirmations are judged")
-    parser.add_argument("--samplers", nargs="+", default=["gp", "tpe", "random"], choices=list(study.SAMPLERS),
-                        help="the first one's confirmations are judged")  # fmt: skip
+    parser.add_argument("--samplers", nargs="+", default=["gp", "tpe", "random"], choices=list(study.SAMPLERS))
     args = parser.parse_args()
     args.studies = max(args.studies, args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,8 @@ def paste(setting):
     return {"comfyui": paste_comfyui(setting), "a1111": paste_a1111(setting)}
 
 
-def noise_levels(sigmas):
-    """The different noise levels of a schedule that are above 0 and finite, [float], the highest first."""
-    return sorted({s for s in torch.as_tensor(sigmas).tolist() if 0 < s < math.inf}, reverse=True)
+def in_space(sigmas):
+    """The ends of the bounds that are worth a try for a schedule: `(lowest, highest)` noise level above 0."""
+    levels = torch.as_tensor(sigmas)
+    levels = levels[(levels > 0) & levels.isfinite()]
+    return levels.min().item(), levels.max().item()

@@ -191,9 +191,11 @@ def _describe(plan, backend, judge):
     goal = objectives.goal(judge, backend.sigmas is not None)
     most = plan.trials * search + 5 * confirmed
     lines = [*backend.describe(), f"goal: {goal}", ""]
-    space, speed = study.Space(backend), _speed(backend, plan)
-    lines.append("search: " + ", ".join(f"{k} {lo:.3g} to {hi:.3g}" for k, (lo, hi) in space.ranges.items()))
-    for label, setting, _ in study.first_trials(backend, space):
+    ranges, speed = study.space(backend), _speed(backend, plan)
+    lines.append(
+        "search: " + ", ".join(f"{k} {lo:.3g} to {hi:.3g}" for k, (lo, hi) in ranges.items()) + " (log scales)"
+    )
+    for label, setting, _ in study.first_trials(backend, ranges):
         lines.append(f"  first: {label}, {setting}")
     lines += [
         f"  {plan.trials} trials of {plan.stages[0] * objectives.SEEDS} to {search} images",

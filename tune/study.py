@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from ..errors import UserError
 from ..presets import get_preset
 from . import objectives
-from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, noise_levels
+from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
 from .images import Folder
 from .objectives import SEEDS
 
@@ -34,10 +34,10 @@ BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl
 OPEN = 100.0  # Above it there is hardly any image left: as good as no bound.
 SURPLUS = "surplus: another process has it, or had begun the last one"
 
-# Compared by benchmarks/tune_quality.py. A setting renders the same images whenever it is tried: it is deterministic.
+# Of the three that were compared on the emoji model, benchmarks/tune_quality.py.
 SAMPLERS = {
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, deterministic_objective=True),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 
@@ -115,79 +115,49 @@ def _blocks(prompts, count, first_seed):
     return tuple(found)
 
 
-class Space:
-    """The parameters of a search, and the Settings that they stand for.
+def space(backend):
+    """`{name: (low, high)}` of the search, each on a log scale.
 
-    Where the schedule is known, an interval is the guided steps `first_step` to `last_step`, from 1: bounds between the
-    same two noise levels do the same, and a sampler that does not know it learns from plateaus. Where it is not known,
-    it is `sigma_lo` and `sigma_hi`, on a log scale. `weight` is on a log scale.
-
-    The last guided noise level is within a factor of three of the published sigma_lo, 0.28 to 1.2. The first goes to
-    the top of the schedule: where the prompt is decided early, none of it can be given up. In an interval the best
-    weight is higher than everywhere, so there is more room above.
+    sigma_lo is within a factor of three of the published ones, 0.28 to 1.2. sigma_hi goes to the top of the schedule:
+    where the prompt is decided early, none of it can be given up. In an interval the best weight is higher than
+    everywhere, so there is more room above.
     """
-
-    LOW, HIGH = (0.1, 3.0), (1.0, OPEN)
-
-    def __init__(self, backend):
-        extra = backend.weight - 1
-        weight = (round(1 + extra / 4, 3), round(1 + 3 * extra, 3))
-        self.levels = None if backend.sigmas is None else noise_levels(backend.sigmas)
-        if self.levels is None:
-            self.ranges = {"sigma_lo": self.LOW, "sigma_hi": self.HIGH, "weight": weight}
-            return
-        count = len(self.levels)
-        first = sum(level >= self.HIGH[0] for level in self.levels)
-        last = (sum(level > self.LOW[1] for level in self.levels), sum(level > self.LOW[0] for level in self.levels))
-        if first == 0 or last[0] == count:  # An image that is only retouched: the schedule is short.
-            first, last = count, (1, count)
-        self.ranges = {
-            "first_step": (1, min(first + 1, count)),
-            "last_step": (max(last[0], 1), max(last[1], last[0], 1)),
-            "weight": weight,
-        }
-
-    def suggest(self, trial):
-        """The Setting of a trial, rounded to what is pasted: what is measured is what is told."""
-        values = {
-            k: trial.suggest_int(k, *ends) if k.endswith("step") else trial.suggest_float(k, *ends, log=True)
-            for k, ends in self.ranges.items()
-        }
-        weight = float(f"{values['weight']:.3g}")
-        if self.levels is not None:
-            return self.guiding(*sorted((values["first_step"], values["last_step"])), weight)
-        lo, hi = sorted(float(f"{values[k]:.3g}") for k in ("sigma_lo", "sigma_hi"))
-        return Setting(lo, hi if lo < hi else float(f"{1.05 * hi:.3g}"), weight)
-
-    def guiding(self, first, last, weight):
-        """The Setting that guides the steps first to last: its bounds lie between noise levels."""
-        ends = [self.levels[0] * 1.02, *self.levels, self.levels[-1] / 1.02]
-        hi, lo = (float(f"{math.sqrt(ends[i] * ends[i + 1]):.4g}") for i in (first - 1, last))
-        return Setting(lo, hi, weight)
-
-    def nearest(self, setting):
-        """`{name: value}` of the nearest parameters to a Setting."""
-        if self.levels is None:
-            near = {"sigma_lo": setting.sigma_lo, "sigma_hi": setting.sigma_hi}
-        else:
-            guided = [i for i, s in enumerate(self.levels, 1) if setting.sigma_lo < s <= setting.sigma_hi] or [1]
-            near = {"first_step": guided[0], "last_step": guided[-1]}
-        near["weight"] = setting.weight
-        return {k: min(max(near[k], low), high) for k, (low, high) in self.ranges.items()}
+    low, high = (0.0, OPEN) if backend.sigmas is None else in_space(backend.sigmas)
+    extra = backend.weight - 1
+    ranges = {"sigma_lo": (max(0.1, 0.9 * low), 3.0), "sigma_hi": (1.0, min(OPEN, 1.01 * high))}
+    if any(lo >= hi for lo, hi in ranges.values()):  # An image that is only retouched: the schedule is short.
+        ranges = {"sigma_lo": (0.9 * low, math.sqrt(low * high)), "sigma_hi": (math.sqrt(low * high), 1.01 * high)}
+    return ranges | {"weight": (round(1 + extra / 4, 3), round(1 + 3 * extra, 3))}
 
 
-def first_trials(backend, space):
+def suggest(trial, ranges):
+    """The Setting of a trial, rounded to what is pasted: what is measured is what is told."""
+    values = {k: trial.suggest_float(k, low, high, log=True) for k, (low, high) in ranges.items()}
+    lo, hi = sorted(float(f"{values[k]:.3g}") for k in ("sigma_lo", "sigma_hi"))
+    return Setting(lo, hi if lo < hi else float(f"{1.05 * hi:.3g}"), float(f"{values['weight']:.3g}"))
+
+
+def first_trials(backend, ranges):
     """`[(label, Setting, parameters)]` that every study begins with; the parameters are the nearest in the space."""
+    lo, hi, weight = (ranges[k] for k in ("sigma_lo", "sigma_hi", "weight"))
     preset = get_preset(PRESET).interval()
-    settings = [
-        (BASELINE, everywhere(backend.weight)),
-        (CONDITIONAL_LABEL, CONDITIONAL),
-        (f"preset {PRESET}", Setting(preset.sigma_lo, preset.sigma_hi, backend.weight)),
+
+    def within(value, ends):
+        return min(max(value, ends[0]), ends[1])
+
+    return [
+        (BASELINE, everywhere(backend.weight), {"sigma_lo": lo[0], "sigma_hi": hi[1], "weight": backend.weight}),
+        (CONDITIONAL_LABEL, CONDITIONAL, {"sigma_lo": lo[0], "sigma_hi": hi[0], "weight": weight[0]}),
+        (
+            f"preset {PRESET}",
+            Setting(preset.sigma_lo, preset.sigma_hi, backend.weight),
+            {
+                "sigma_lo": within(preset.sigma_lo, lo),
+                "sigma_hi": within(preset.sigma_hi, hi),
+                "weight": backend.weight,
+            },
+        ),
     ]
-    found = [(label, setting, space.nearest(setting)) for label, setting in settings]
-    shortest = {k: ends[0] if k in ("last_step", "sigma_hi", "weight") else ends[1] for k, ends in space.ranges.items()}
-    found[1] = (*found[1][:2], shortest)  # Hardly any guidance, of the least weight.
-    return found
 
 
 # ----------------------------------------------------------------------------
@@ -233,14 +203,14 @@ class Search:
     this name is another one's.
     """
 
-    def __init__(self, plan, backend, judge, storage, out, view, sampler="gp"):
+    def __init__(self, plan, backend, judge, storage, out, view, sampler="tpe"):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.plan, self.backend, self.judge, self.view = plan, backend, judge, view
         self.goal = objectives.goal(judge, backend.sigmas is not None)
         self.folder = Folder(Path(out) / "images")
         self.mine = f"{socket.gethostname()}:{Path(out).resolve()}"
-        self.space = Space(backend)
+        self.ranges = space(backend)
         created = True
         try:
             self.study = optuna.create_study(storage=storage, study_name=plan.name, directions=self.goal.directions)
@@ -320,13 +290,13 @@ class Search:
 
     def _await_first(self):
         """Give the process that has just made the study a few seconds to queue the first trials."""
-        deadline, wanted = time.monotonic() + 5, {label for label, *_ in first_trials(self.backend, self.space)}
+        deadline, wanted = time.monotonic() + 5, {label for label, *_ in first_trials(self.backend, self.ranges)}
         while not wanted <= self._labels() and not self.trials(TrialState.FAIL) and time.monotonic() < deadline:
             time.sleep(0.2)
 
     def _enqueue_first(self):
         known = self._labels()
-        for label, setting, params in first_trials(self.backend, self.space):
+        for label, setting, params in first_trials(self.backend, self.ranges):
             if label not in known:
                 self.study.enqueue_trial(params, user_attrs={"label": label, "setting": _as_json(setting)})
 
@@ -377,9 +347,9 @@ class Search:
     def _objective(self, trial):
         trial.set_user_attr("folder", self.mine)
         given = trial.user_attrs.get("setting")
-        setting = self.space.suggest(trial) if given is None or "label" not in trial.user_attrs else from_json(given)
+        setting = suggest(trial, self.ranges) if given is None or "label" not in trial.user_attrs else from_json(given)
         if "label" in trial.user_attrs:
-            self.space.suggest(trial)  # The sampler learns from it too.
+            suggest(trial, self.ranges)  # The sampler learns from it too.
         trial.set_user_attr("setting", _as_json(setting))
         try:
             return self._race(trial, setting)
