@@ -666,7 +666,7 @@ def start_comfyui(scratch, cpu):
     from comfy.cli_args import args
 
     args.cpu = cpu
-    args.use_pytorch_cross_attention = True  # As on a GPU: the other one asks for free memory, which breaks graphs.
+    args.use_pytorch_cross_attention = cpu  # As on a GPU: the other one asks for free memory, which breaks graphs.
     import comfyui_version
 
     return comfyui_version.__version__

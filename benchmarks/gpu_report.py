@@ -73,7 +73,7 @@ def page(content, drawn):
             title(row), per(OURS, "syncs"), per(CFG, "syncs"), per(OURS, "kernels"), per(CFG, "kernels"),
             f"{row['graphs_first']}, then {row['graphs_later']}", f"{peak / 2**30:.1f}" if peak else "",
         ])  # fmt: skip
-    missing = [f"- {title(row)}: {row['error'].splitlines()[0]}" for row in content["rows"] if "error" in row]
+    missing = [f"- {title(row)}: {row['error']}" for row in content["rows"] if "error" in row]
     head = [
         "",
         "guided steps",

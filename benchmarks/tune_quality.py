@@ -34,6 +34,7 @@ from tqdm import tqdm
 WEIGHTS = [1.75, 2.1, 2.6, 3.2, 4.0, 4.9, 6.0, 7.3, 8.7, 10.0]
 FIRST_SEED = 2**32  # Of the dense sweep: none of a study's.
 BATCH = 384
+CONDITIONAL_CELL = (-1, -1, 1.0)  # Among the keys (first and last guided step, weight) of the dense sweep.
 
 
 # ----------------------------------------------------------------------------
@@ -106,7 +107,7 @@ class Truth:
         """`(rows, variety, adherence)`, float64."""
         guided = [] if setting.weight == 1 else setting.interval.mask(self.sigmas).nonzero()[:, 0].tolist()
         if not guided:
-            return self.cells[-1, -1, 1.0]
+            return self.cells[CONDITIONAL_CELL]
         known = [self.cells[guided[0], guided[-1], w] for w in WEIGHTS]
         at = math.log(min(max(setting.weight, WEIGHTS[0]), WEIGHTS[-1]))
         return tuple(float(np.interp(at, np.log(WEIGHTS), [k[i] for k in known])) for i in range(3))
@@ -135,14 +136,14 @@ def run_all(tasks, args, what):
 
 
 def dense(args):
-    """`(Truth, number of images)` of dense.npz: `keys` [cells, 3] (first and last guided step, weight; -1 for
-    conditional only), `rows` [cells], `adherence` and `variety` [cells, blocks]."""
+    """`(Truth, number of images)` of dense.npz: `keys` [cells, 3], `rows` [cells], `adherence` and `variety`
+    [cells, blocks]."""
     file = args.out / "dense.npz"
     sigmas = emoji.Emoji().sigmas.tolist()
     if not file.exists():
         steps = range(len(sigmas))
         cells = {(a, b, w): steps_setting(sigmas, a, b, w) for a in steps for b in steps if a <= b for w in WEIGHTS}
-        cells[-1, -1, 1.0] = study.CONDITIONAL
+        cells[CONDITIONAL_CELL] = study.CONDITIONAL
         tasks = {k: (("dense", str(s)), measure_densely, s, args.dense, args.classes) for k, s in cells.items()}
         found = dict(run_all(tasks, args, "dense sweep"))
         rows, adherence, variety = (np.stack([found[k][i] for k in cells]) for i in range(3))
@@ -171,7 +172,7 @@ def studies(args):
 
 
 def search_table(args, truth, dense_images, found):
-    whole = truth.area([steps_setting(truth.sigmas.tolist(), *k) for k in truth.cells if k[0] >= 0])
+    whole = truth.area([steps_setting(truth.sigmas.tolist(), *k) for k in truth.cells if k != CONDITIONAL_CELL])
     head = ["search", "images", "tried", "front", "tried >= 95 %", "front >= 95 %"]
     body, detail = [], {}
     for name in args.samplers:

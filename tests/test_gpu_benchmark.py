@@ -72,6 +72,15 @@ def test_a_compiled_network_makes_one_graph_for_each_number_of_rows_and_no_more(
         assert row["graphs_first"] == 2 and row["graphs_later"] == 0
 
 
+def test_a_model_that_comfyui_compiles_makes_one_graph_for_each_number_of_rows_and_no_more(measured, tmp_path):
+    only = ("--only", "ComfyUI sdxl compiled")
+    run(ROOT / "benchmarks" / "gpu.py", "--tiny", "--minutes", "9", "--json", tmp_path / "gpu.json", *only)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["settings"]["ours"]["graphs"] == 2 and row["graphs_later"] == 0
+
+
 def test_a_configuration_that_fails_costs_its_row_and_the_page_says_so(measured, tmp_path):
     path, rows = measured
     run("-c", FAILS, ROOT / "benchmarks", path, tmp_path)
