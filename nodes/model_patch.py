@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import comfy.model_sampling
 import comfy.samplers
 import torch
+from comfy.k_diffusion import sampling as k_diffusion_sampling
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ..noise_level import flow_time_to_sigma, rescale_sigma, sigma_to_flow_time
@@ -97,16 +98,53 @@ def nowhere(model_sampling):
 # The patch.
 
 
+def reading_waits(device):
+    """Whether reading a number from `device` waits for all that it has been given to do."""
+    return device.type == "cuda"
+
+
+@dataclass
+class KnownSchedule:
+    """The noise levels of a run that evaluates each once, in order: no evaluation has to wait for its sigma.
+
+    Each sigma is compared all the same, where it is; whether all were the known ones is read once, after the run.
+
+    levels: [n] on the CPU. differs: [B] of each evaluation, on the device of sigma.
+    """
+
+    levels: torch.Tensor
+    differs: list = field(default_factory=list)
+
+    def level(self, position, sigma):
+        """What `sigma` [B], of the evaluation at `position`, has to be: [B] on the CPU."""
+        level = self.levels[min(position, len(self.levels) - 1)]
+        self.differs.append(sigma != level.item())
+        return level.to(sigma.dtype).expand(len(sigma))
+
+    def was_kept(self):
+        return not (self.differs and torch.cat(self.differs).any())
+
+
+def evaluates_each_level_once(sampler):
+    """Whether it is the host's Euler. Its other samplers wait for numbers of their own: reading costs them nothing."""
+    if type(sampler) is not comfy.samplers.KSAMPLER or sampler.extra_options.get("s_churn"):
+        return False
+    return sampler.sampler_function is k_diffusion_sampling.sample_euler
+
+
 @dataclass
 class SamplingRun:
     """What one sampling run remembers.
 
-    interval: in the model's noise levels. said: what the log was told. unlimited: the conditional prediction
-    cannot be had alone in this run, which is therefore left as it is. rows: what the network has evaluated.
-    evaluations: [(guided, rows before it, clock)] of each.
+    interval: in the model's noise levels. schedule: None where sigma is read. position: of the evaluation under way.
+    said: what the log was told. unlimited: the conditional prediction cannot be had alone in this run, which is
+    therefore left as it is. rows: what the network has evaluated. evaluations: [(guided, rows before it, clock)] of
+    each; a clock is seconds, or an event on the GPU where nothing waits for it.
     """
 
     interval: GuidanceInterval
+    schedule: KnownSchedule | None = None
+    position: int = -1
     said: set = field(default_factory=set)
     unlimited: bool = False
     rows: int = 0
@@ -116,6 +154,21 @@ class SamplingRun:
         if text not in self.said:
             self.said.add(text)
             log.log(level, "Guidance Interval: %s", text)
+
+    def guided_rows(self, sigma):
+        """Which rows of the evaluation are guided, as a list."""
+        if self.schedule is not None:
+            sigma = self.schedule.level(self.position, sigma)
+        return self.interval.guided_rows(sigma)  # The one host sync, where sigma was not known.
+
+    def begin(self, guided, device):
+        """Note an evaluation that begins."""
+        if self.schedule is not None and device.type == "cuda":
+            clock = torch.cuda.Event(enable_timing=True)
+            clock.record()
+        else:
+            clock = time.perf_counter()
+        self.evaluations.append((guided, self.rows, clock))
 
     def count(self, executor, x, *args, **kwargs):
         """A wrapper around the network. A batch's size is known without waiting for it."""
@@ -131,11 +184,11 @@ class SamplingRun:
         guided = [g for g, *_ in self.evaluations]
         ends = [*self.evaluations[1:], (None, *end)]
         rows = [b[1] - a[1] for a, b in zip(self.evaluations, ends, strict=True)]
-        # An evaluation begins when its sigma is read, which waits for the one before it. Left out are the first of
-        # either kind, which may load or compile, and the last, which may still be under way.
+        # An evaluation begins when its sigma is read, which waits for the one before it, or at its event. Left out are
+        # the first of either kind, which may load or compile, and the last, which may still be under way.
         times = {True: [], False: []}
         for (g, _, start), (_, _, stop) in itertools.pairwise(self.evaluations):
-            times[g].append(stop - start)
+            times[g].append(start.elapsed_time(stop) / 1000 if hasattr(start, "elapsed_time") else stop - start)
         timed = {kind: of[1:] for kind, of in times.items()}
         inside = [r for r, g in zip(rows, guided, strict=True) if g]
         rows_cfg = seconds_cfg = None
@@ -181,22 +234,35 @@ class IntervalPatch:
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
-        run = SamplingRun(self.resolve(model_sampling))
+        interval = self.resolve(model_sampling)
         levels = sigmas[:-1].cpu()  # The last is where the run ends; it is not evaluated.
-        if len(levels) and run.interval is not NOWHERE and not run.interval.mask(levels).any():
-            run.say(_unused(run.interval, levels, model_sampling), logging.WARNING)
+        known = evaluates_each_level_once(sampler) and reading_waits(guider.model_patcher.load_device)
+        run = SamplingRun(interval, KnownSchedule(levels) if known else None)
+        if len(levels) and interval is not NOWHERE and not interval.mask(levels).any():
+            run.say(_unused(interval, levels, model_sampling), logging.WARNING)
+        conds = {kind: [c.copy() for c in of] for kind, of in guider.conds.items()} if known else None
+        out, start = self._sample(run, executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
+        if known and not run.schedule.was_kept():
+            run.say("the sampler left its schedule: it samples again, and sigma is read", logging.WARNING)
+            guider.conds = conds  # As they were before the run prepared them.
+            run = SamplingRun(interval, said=run.said)
+            out, start = self._sample(run, executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
+        if self.tell is not None and run.evaluations:
+            end = time.perf_counter()
+            self.tell(run.report(end - start, (run.rows, end)))
+        return out
+
+    def _sample(self, run, executor, *args, **kwargs):
+        """`(latent, clock when it began)` of one run of the host."""
+        guider = executor.class_obj
         setattr(guider, host.KEY, run)
         if self.tell is not None:
             guider.model_options = count_rows(guider.model_options, run)  # The run's own, which the host takes off.
         start = time.perf_counter()
         try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            return executor(*args, **kwargs), start
         finally:
             vars(guider).pop(host.KEY, None)
-        if self.tell is not None and run.evaluations:
-            end = time.perf_counter()
-            self.tell(run.report(end - start, (run.rows, end)))
-        return out
 
     def predict_noise(self, executor, x, sigma, model_options={}, seed=None):  # noqa: B006 (the host's signature)
         guider, predict = executor.class_obj, executor.original
@@ -204,6 +270,7 @@ class IntervalPatch:
         if run is None:  # A guider of another node that samples in a way of its own.
             run = SamplingRun(self.resolve(guider.inner_model.model_sampling))
             setattr(guider, host.KEY, run)
+        run.position += 1
 
         def decide(x, sigma, model_options={}, seed=None):  # noqa: B006
             return self._decide(run, guider, predict, x, sigma, model_options, seed)
@@ -218,9 +285,9 @@ class IntervalPatch:
             run.say(f"{nothing}: nothing to limit")
         if nothing or run.unlimited:
             return predict(x, sigma, model_options, seed)
-        guided = run.interval.guided_rows(sigma)  # The one host sync.
+        guided = run.guided_rows(sigma)
         if self.tell is not None:
-            run.evaluations.append((any(guided), run.rows, time.perf_counter()))
+            run.begin(any(guided), sigma.device)
         if all(guided):
             return predict(x, sigma, model_options, seed)
         unguided = self._unguided(run, guider, x, sigma, model_options, seed)

@@ -1,6 +1,7 @@
 """The nodes, one by one, in the real ComfyUI: what they set, what they say, what they refuse."""
 
 import copy
+import functools
 import logging
 import re
 import subprocess
@@ -454,6 +455,97 @@ def test_a_guider_that_samples_in_its_own_way_leaves_the_models_options_alone(ho
             assert rows[0] - before == expected
     assert "guidance_interval" not in model.model_options
     model.cleanup()
+
+
+# ----------------------------------------------------------------------------
+# A schedule that is known beforehand, as on a GPU.
+
+
+@pytest.fixture
+def waiting(ours, monkeypatch):
+    """Of a device whose numbers are waited for: sigma of each evaluation that was read."""
+    read = []
+    guided_rows = ours.Interval.guided_rows
+    levels = ours.patch.KnownSchedule.level
+    monkeypatch.setattr(ours.patch, "reading_waits", lambda device: True)
+    monkeypatch.setattr(
+        ours.Interval, "guided_rows", lambda i, sigma: read.append(sigma[0].item()) or guided_rows(i, sigma)
+    )
+    # Those that are known are not read.
+    monkeypatch.setattr(ours.patch.KnownSchedule, "level", lambda *args: read.append(None) or levels(*args))
+    return read
+
+
+def only_read(told):
+    """Of the evaluations, the sigma of those that were not known."""
+    return [s for before, s in zip([0.0, *told], told, strict=False) if s is not None and before is not None]
+
+
+def euler(positions):
+    """A sampler that evaluates the levels at `positions`, as the host's Euler evaluates each."""
+    import comfy.k_diffusion.sampling
+
+    @functools.wraps(comfy.k_diffusion.sampling.sample_euler)
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in positions:
+            x = x + 0.1 * model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+        return x
+
+    return sample
+
+
+@pytest.mark.parametrize("kind", harness.MODELS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_euler_waits_for_no_sigma_and_gives_what_reading_it_gives(host, ours, waiting, monkeypatch, kind, batch):
+    model = node(host, "GuidanceInterval", model=harness.tiny_model(kind))[0]
+    sigmas = sigmas_of(model)
+    known = rows_of(model, kind=kind, batch=batch, sigmas=sigmas)
+    assert only_read(waiting) == [] and len(waiting) == 2 * KARRAS_STEPS
+    monkeypatch.setattr(ours.patch, "reading_waits", lambda device: False)
+    waiting.clear()
+    read = rows_of(model, kind=kind, batch=batch, sigmas=sigmas)
+    assert only_read(waiting) == sigmas[:-1].tolist()
+    assert known[0] == read[0] and torch.equal(known[1], read[1])
+    assert 0 < sum(r == 2 * batch for r in known[0]) < KARRAS_STEPS
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral"])
+def test_of_other_samplers_each_sigma_is_read(host, waiting, sampler):
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
+    rows, _ = rows_of(model, sampler=sampler)
+    assert len(only_read(waiting)) == len(waiting) == len(rows)
+
+
+def test_with_churn_each_sigma_is_read(host, waiting):
+    import comfy.samplers
+
+    model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(harness.conditioning(1), harness.conditioning(2))
+    guider.set_cfg(7.0)
+    sampler = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
+    with torch.inference_mode():
+        harness.sample(guider, sampler, sigmas_of(model), harness.empty_latent("sd15"))
+    assert len(only_read(waiting)) == KARRAS_STEPS
+
+
+@pytest.mark.parametrize("positions", [(0, 0, 1, 2, 3, 4, 5), (0, 2, 4), (5, 4, 3, 2, 1, 0)])
+def test_an_euler_that_leaves_its_schedule_samples_again_with_sigma_read(
+    host, ours, waiting, monkeypatch, caplog, positions
+):
+    import comfy.k_diffusion.sampling
+
+    monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_euler", euler(positions))
+    told = []
+    resolve = ours.patch.in_edm_units(ours.Interval(0.28, 5.42))
+    model = ours.patch.patch_model(harness.tiny_model("sd15"), resolve, tell=told.append)
+    strayed = rows_of(model)
+    assert len(only_read(waiting)) == len(positions)
+    assert caplog.text.count("left its schedule") == 1
+    assert told[0]["evaluations"] == len(positions) and told[0]["rows"] == sum(strayed[0][len(positions) :])
+    monkeypatch.setattr(ours.patch, "reading_waits", lambda device: False)
+    read = rows_of(model)
+    assert strayed[0][len(positions) :] == read[0] and torch.equal(strayed[1], read[1])
 
 
 # ----------------------------------------------------------------------------
