@@ -7,7 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from gpu import CFG, COND, EAGER, GRAPHS, JSON_FILE, NETWORKS, OURS, OVERRIDE, TOLD
+from gpu import CFG, COND, EAGER, JSON_FILE, NETWORKS, OURS, OVERRIDE, READ
 from guidance_interval.files import aligned, atomic_path
 from guidance_interval.lab.plots import GUIDED, INK
 from matplotlib import pyplot as plt
@@ -32,18 +32,25 @@ def done(rows):
 def title(row):
     c = row["config"]
     name = NETWORKS[c["network"]].title + (f", latent {' x '.join(map(str, c['size']))}" if c["size"] else "")
-    return f"{name}, batch {c['batch']}, {c['sampler']}" + ("" if c["form"] == EAGER else f", {c['form']}")
+    name += f", batch {c['batch']}, {c['sampler']}" + ("" if c["form"] == EAGER else f", {c['form']}")
+    return name if c["through"] == "ComfyUI" else f"{name}, {c['through']}"
 
 
 def seconds(row, name):
     setting = row["settings"].get(name)
-    return f"{setting['median']:.2f}" if setting else ""
+    return f"{setting['median']:.{2 if setting['median'] >= 1 else 3}f}" if setting else ""
 
 
 def times_as_fast(row):
     return statistics.median(
         a / b for a, b in zip(row["settings"][CFG]["seconds"], row["settings"][OURS]["seconds"], strict=True)
     )
+
+
+def slower(row, name, than):
+    """By which share the setting `name` takes longer: the median of the rounds."""
+    pairs = zip(row["settings"][name]["seconds"], row["settings"][than]["seconds"], strict=True)
+    return statistics.median(a / b for a, b in pairs) - 1
 
 
 def over_floor(setting):
@@ -53,13 +60,11 @@ def over_floor(setting):
 
 def page(content, drawn):
     m, rows = content["machine"], done(content["rows"])
-    software = ", ".join(
-        f"{k} {m[k]}" for k in ("comfyui", "torch", "cuda", "triton", "k_diffusion", "python") if m.get(k)
-    )
+    software = ", ".join(f"{k} {m[k]}" for k in ("comfyui", "torch", "cuda", "k_diffusion", "python") if m.get(k))
     interval = f"({content['interval'][0]:g}, {content['interval'][1]:g}]"
     body, counted = [], []
     for row in rows:
-        s, extra = row["settings"], [n for n in row["settings"] if n not in (CFG, COND, OURS, OVERRIDE, TOLD)]
+        s, extra = row["settings"], [n for n in row["settings"] if n not in (CFG, COND, OURS, OVERRIDE, READ)]
         packs = "; ".join(f"{n} {seconds(row, n)}" for n in extra)
         taken = (seconds(row, n) for n in (CFG, COND, OURS, OVERRIDE))
         guided = f"{row['guided_steps']} of {row['steps']}"
@@ -112,14 +117,11 @@ def page(content, drawn):
         "kernels. *Graphs*: those that `torch.compile` made in the first run of all settings, and after it.\n\n"
         f"{aligned(counts_head, counted)}\n"
     )
-    if told := [r for r in rows if TOLD in r["settings"]]:
-        gained = [
-            f"{r['settings'][TOLD]['median'] / r['settings'][OURS]['median'] - 1:+.1%} ({title(r)})" for r in told
-        ]
+    if read := [r for r in rows if READ in r["settings"]]:
+        changes = [f"{slower(r, READ, OURS):+.1%} ({title(r)})" for r in read]
         text += (
-            "\nWith every decision known in advance, so that sigma is never read, a run changes by "
-            f"{', '.join(gained)}. The sync stays: only reading sigma shows that a sampler keeps to its "
-            "schedule.\n"
+            "\nEuler's schedule is known before, so its evaluations wait for nothing. Reading sigma at each, as with "
+            f"a sampler that is not known, changes a run by {', '.join(changes)}.\n"
         )
     if missing:
         text += "\n## Not measured\n\n" + "\n".join(missing) + "\n"
@@ -127,22 +129,47 @@ def page(content, drawn):
 
 
 def batch_one(rows):
-    """The plain sentence for a single image, from the rows that there are."""
+    """What helps a single image of the network that does not fill the GPU with one; "" if none was measured."""
     single = [r for r in rows if r["config"]["batch"] == 1 and r["config"]["through"] == "ComfyUI"]
-    if not single:
+    bound = [
+        r["config"]["network"] for r in single if r["settings"][CFG]["median"] < 1.5 * r["settings"][COND]["median"]
+    ]
+    if not bound:
         return ""
-    lines = []
-    for row in single:
-        s, helped = row["settings"], "" if row["config"]["form"] != GRAPHS else " with CUDA graphs"
-        bound = s[CFG]["median"] / s[COND]["median"]
-        lines.append(
-            f"- {title(row)}: twice the rows take {bound:.2f} times as long{helped}; in the interval a run is "
-            f"{times_as_fast(row):.2f} times as fast as with CFG."
+    # Samplers of one evaluation a step, which are alike but for that.
+    shown = [
+        r
+        for r in rows
+        if r["config"]["network"] == bound[0] and r["config"]["sampler"] in ("euler", "dpmpp_2m")
+        and not r["config"]["size"]
+    ]  # fmt: skip
+    body = []
+    for row in sorted(shown, key=lambda r: (r["config"]["batch"], r["config"]["form"] != EAGER)):
+        c, s = row["config"], row["settings"]
+        taken = [f"{1000 * s[n]['median'] / row['steps'] / c['batch']:.0f}" for n in (CFG, COND, OURS)]
+        twice = f"{s[CFG]['median'] / s[COND]['median']:.2f}"
+        body.append(
+            [f"{c['batch']}", c["sampler"], c["through"], c["form"], *taken, twice, f"{times_as_fast(row):.2f}"]
         )
+    head = [
+        "batch",
+        "sampler",
+        "through",
+        "form",
+        "CFG",
+        "conditional only",
+        "ours",
+        "CFG / conditional only",
+        "CFG / ours",
+    ]
     return (
         "## One image at a time\n\n"
         "A fast GPU may wait for its next kernel rather than compute. Then half the rows take more than half of the "
-        "time, and the interval saves less than its rows:\n\n" + "\n".join(lines) + "\n\n"
+        f"time, and the interval saves less than its rows. {NETWORKS[bound[0]].title}, milliseconds for each step of "
+        "each image:\n\n"
+        f"{aligned(head, body)}\n\n"
+        "In ComfyUI, *compiled* and *CUDA graphs* are the backends inductor and cudagraphs of its TorchCompileModel node; "
+        'for CFGDenoiser, `torch.compile(network)` and the same with `mode="reduce-overhead"`.\n\n'
     )
 
 
