@@ -168,8 +168,8 @@ def batch_one(rows):
         f"time, and the interval saves less than its rows. {NETWORKS[bound[0]].title}, milliseconds for each step of "
         "each image:\n\n"
         f"{aligned(head, body)}\n\n"
-        "In ComfyUI, *compiled* and *CUDA graphs* are the backends inductor and cudagraphs of its TorchCompileModel node; "
-        'for CFGDenoiser, `torch.compile(network)` and the same with `mode="reduce-overhead"`.\n\n'
+        "In ComfyUI, *compiled* and *CUDA graphs* are the backends inductor and cudagraphs of its TorchCompileModel "
+        'node; for CFGDenoiser, `torch.compile(network)` and the same with `mode="reduce-overhead"`.\n\n'
     )
 
 
