@@ -7,11 +7,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from gpu import CFG, COND, EAGER, JSON_FILE, NETWORKS, OURS, OVERRIDE, READ
+from gpu import CFG, COMPILED, COND, EAGER, GRAPHS, JSON_FILE, NETWORKS, OURS, OVERRIDE, READ
 from guidance_interval.files import aligned, atomic_path
 from guidance_interval.lab.plots import GUIDED, INK
 from matplotlib import pyplot as plt
 
+FORMS = {EAGER: "at best", COMPILED: "when compiled", GRAPHS: "with CUDA graphs"}
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -120,57 +121,63 @@ def page(content, drawn):
     if read := [r for r in rows if READ in r["settings"]]:
         changes = [f"{slower(r, READ, OURS):+.1%} ({title(r)})" for r in read]
         text += (
-            "\nEuler's schedule is known before, so its evaluations wait for nothing. Reading sigma at each, as with "
-            f"a sampler that is not known, changes a run by {', '.join(changes)}.\n"
+            "\nEuler evaluates each level of its schedule once, so our node waits for no sigma; most other samplers of "
+            "the host wait for numbers of their own at every step. Reading the sigmas of Euler changes a run by "
+            f"{', '.join(changes)}.\n"
         )
     if missing:
         text += "\n## Not measured\n\n" + "\n".join(missing) + "\n"
     return text
 
 
+def waits_for_kernels(row):
+    return row["settings"][CFG]["median"] < 1.5 * row["settings"][COND]["median"]
+
+
 def batch_one(rows):
-    """What helps a single image of the network that does not fill the GPU with one; "" if none was measured."""
-    single = [r for r in rows if r["config"]["batch"] == 1 and r["config"]["through"] == "ComfyUI"]
-    bound = [
-        r["config"]["network"] for r in single if r["settings"][CFG]["median"] < 1.5 * r["settings"][COND]["median"]
-    ]
-    if not bound:
-        return ""
-    # Samplers of one evaluation a step, which are alike but for that.
-    shown = [
-        r
-        for r in rows
-        if r["config"]["network"] == bound[0] and r["config"]["sampler"] in ("euler", "dpmpp_2m")
-        and not r["config"]["size"]
-    ]  # fmt: skip
-    body = []
-    for row in sorted(shown, key=lambda r: (r["config"]["batch"], r["config"]["form"] != EAGER)):
-        c, s = row["config"], row["settings"]
-        taken = [f"{1000 * s[n]['median'] / row['steps'] / c['batch']:.0f}" for n in (CFG, COND, OURS)]
-        twice = f"{s[CFG]['median'] / s[COND]['median']:.2f}"
-        body.append(
-            [f"{c['batch']}", c["sampler"], c["through"], c["form"], *taken, twice, f"{times_as_fast(row):.2f}"]
+    """What helps a single image of a network that does not fill the GPU with one; "" if none was measured."""
+    one_a_step = [r for r in rows if r["config"]["sampler"] in ("euler", "dpmpp_2m") and not r["config"]["size"]]
+    single = [r for r in one_a_step if r["config"]["batch"] == 1 and waits_for_kernels(r)]
+    text = ""
+    for network in dict.fromkeys(r["config"]["network"] for r in single):
+        shown = [r for r in one_a_step if r["config"]["network"] == network]
+        shown.sort(key=lambda r: (r["config"]["batch"], r["config"]["form"] != EAGER))
+        body = []
+        for row in shown:
+            c, s = row["config"], row["settings"]
+            taken = [f"{milliseconds(row, n):.3g}" for n in (CFG, COND, OURS)]
+            twice = f"{s[CFG]['median'] / s[COND]['median']:.2f}"
+            kind = [f"{c['batch']}", c["sampler"], c["through"], c["form"]]
+            body.append([*kind, *taken, twice, f"{times_as_fast(row):.2f}"])
+        head = ["batch", "sampler", "through", "form", CFG, COND, OURS, f"{CFG} / {COND}", f"{CFG} / {OURS}"]
+        of_one = [r for r in shown if r["config"]["batch"] == 1]
+        (first, _), (alone, how), (least, batch) = (
+            min((milliseconds(r, OURS), r["config"][key]) for r in of)
+            for of, key in (
+                ([r for r in of_one if r["config"]["form"] == EAGER], "form"), (of_one, "form"), (shown, "batch")
+            )
+        )  # fmt: skip
+        text += (
+            f"{NETWORKS[network].title}:\n\n{aligned(head, body)}\n\n"
+            f"Alone, an image takes {first:.3g} ms a step in the interval, and {alone:.3g} ms {FORMS[how]}; "
+            f"in a batch of {batch} it takes {least:.3g} ms.\n\n"
         )
-    head = [
-        "batch",
-        "sampler",
-        "through",
-        "form",
-        "CFG",
-        "conditional only",
-        "ours",
-        "CFG / conditional only",
-        "CFG / ours",
-    ]
+    if not text:
+        return ""
     return (
         "## One image at a time\n\n"
         "A fast GPU may wait for its next kernel rather than compute. Then half the rows take more than half of the "
-        f"time, and the interval saves less than its rows. {NETWORKS[bound[0]].title}, milliseconds for each step of "
-        "each image:\n\n"
-        f"{aligned(head, body)}\n\n"
+        "time, and the interval saves less than its rows. A larger batch helps most; compiling the network helps where "
+        "it makes fewer kernels, and CUDA graphs where a network is small. Milliseconds for each step of each image:"
+        f"\n\n{text}"
         "In ComfyUI, *compiled* and *CUDA graphs* are the backends inductor and cudagraphs of its TorchCompileModel "
         'node; for CFGDenoiser, `torch.compile(network)` and the same with `mode="reduce-overhead"`.\n\n'
     )
+
+
+def milliseconds(row, name):
+    """For each step of each image."""
+    return 1000 * row["settings"][name]["median"] / row["steps"] / row["config"]["batch"]
 
 
 def draw(rows, path):

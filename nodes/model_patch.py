@@ -126,7 +126,7 @@ class KnownSchedule:
 
 
 def evaluates_each_level_once(sampler):
-    """Whether it is the host's Euler. Its other samplers wait for numbers of their own: reading costs them nothing."""
+    """Whether it is the host's Euler, or DDIM. Nearly all others wait for numbers of their own at every step."""
     if type(sampler) is not comfy.samplers.KSAMPLER or sampler.extra_options.get("s_churn"):
         return False
     return sampler.sampler_function is k_diffusion_sampling.sample_euler

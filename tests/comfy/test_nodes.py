@@ -10,6 +10,7 @@ import sys
 import comfy_harness as harness
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 KARRAS_STEPS = 6
 
@@ -527,6 +528,33 @@ def test_with_churn_each_sigma_is_read(host, waiting):
     with torch.inference_mode():
         harness.sample(guider, sampler, sigmas_of(model), harness.empty_latent("sd15"))
     assert len(only_read(waiting)) == KARRAS_STEPS
+
+
+class Reads(TorchFunctionMode):
+    """Counts the numbers that are read from tensors: on a GPU each waits."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in ("__bool__", "__float__", "__int__", "item", "tolist", "cpu")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_hosts_other_samplers_wait_at_every_step(host):
+    import comfy.samplers
+
+    model = harness.tiny_model("sd15")
+    sigmas = sigmas_of(model, steps=8)
+    waiting = set()
+    for name in comfy.samplers.KSampler.SAMPLERS:
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(harness.conditioning(1), harness.conditioning(2))
+        guider.set_cfg(7.0)
+        with torch.inference_mode(), Reads() as reads:
+            harness.sample(guider, comfy.samplers.sampler_object(name), sigmas, harness.empty_latent("sd15"))
+        if reads.count >= 8:
+            waiting.add(name)
+    assert set(comfy.samplers.KSampler.SAMPLERS) - waiting == {"euler", "ddim", "dpm_fast", "uni_pc", "uni_pc_bh2"}
 
 
 @pytest.mark.parametrize("positions", [(0, 0, 1, 2, 3, 4, 5), (0, 2, 4), (5, 4, 3, 2, 1, 0)])
