@@ -527,7 +527,7 @@ def test_with_churn_each_sigma_is_read(host, waiting):
     sampler = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
     with torch.inference_mode():
         harness.sample(guider, sampler, sigmas_of(model), harness.empty_latent("sd15"))
-    assert len(only_read(waiting)) == KARRAS_STEPS
+    assert len(only_read(waiting)) == len(waiting) == KARRAS_STEPS
 
 
 class Reads(TorchFunctionMode):
@@ -563,13 +563,22 @@ def test_an_euler_that_leaves_its_schedule_samples_again_with_sigma_read(
 ):
     import comfy.k_diffusion.sampling
 
+    import comfy.samplers
+
     monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_euler", euler(positions))
+    prepared, process_conds = [], comfy.samplers.process_conds
+
+    def process(model, noise, conds, *args, **kwargs):
+        prepared.append(any(c["model_conds"] for of in conds.values() for c in of))
+        return process_conds(model, noise, conds, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.samplers, "process_conds", process)
     told = []
     resolve = ours.patch.in_edm_units(ours.Interval(0.28, 5.42))
     model = ours.patch.patch_model(harness.tiny_model("sd15"), resolve, tell=told.append)
     strayed = rows_of(model)
     assert len(only_read(waiting)) == len(positions)
-    assert caplog.text.count("left its schedule") == 1
+    assert caplog.text.count("left its schedule") == 1 and prepared == [False, False]
     assert told[0]["evaluations"] == len(positions) and told[0]["rows"] == sum(strayed[0][len(positions) :])
     monkeypatch.setattr(ours.patch, "reading_waits", lambda device: False)
     read = rows_of(model)
