@@ -19,6 +19,18 @@ import gpu_report
 
 gpu_report.write(json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]))
 """
+PACK = """
+class Plain:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "strength": ("FLOAT",)}})
+    FUNCTION = "apply"
+
+    def apply(self, model, strength):
+        assert strength == 1.5
+        return (model.clone(),)
+
+
+NODE_CLASS_MAPPINGS = {"Plain": Plain}
+"""
 FAILS = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -104,6 +116,20 @@ def test_the_page_says_what_helps_a_single_image_that_waits_for_kernels(measured
     page = (tmp_path / "performance.md").read_text()
     assert "Alone, an image takes 90 ms a step in the interval, and 12 ms with CUDA graphs; in a batch of" in page
     assert page.count("CFGDenoiser | CUDA graphs |") == 1
+
+
+def test_a_node_of_a_pack_is_measured_beside_ours(measured, tmp_path):
+    pack = tmp_path / "some-pack"
+    pack.mkdir()
+    (pack / "__init__.py").write_text(PACK)
+    node = f"{pack}:Plain" + ':{"strength": 1.5}'
+    given = ("--minutes", "3", "--json", tmp_path / "gpu.json", "--only", "ComfyUI sd15", "--pack", node)
+    run(ROOT / "benchmarks" / "gpu.py", "--tiny", *given)
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    (row,) = content["rows"]
+    assert row["settings"]["some-pack: Plain"]["rows"] == row["settings"]["CFG"]["rows"]
+    run("-c", WRITES, ROOT / "benchmarks", tmp_path / "gpu.json", tmp_path)
+    assert "| some-pack: Plain " in (tmp_path / "performance.md").read_text()
 
 
 def test_a_configuration_that_fails_costs_its_row_and_the_page_says_so(measured, tmp_path):

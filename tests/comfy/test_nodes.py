@@ -562,7 +562,6 @@ def test_an_euler_that_leaves_its_schedule_samples_again_with_sigma_read(
     host, ours, waiting, monkeypatch, caplog, positions
 ):
     import comfy.k_diffusion.sampling
-
     import comfy.samplers
 
     monkeypatch.setattr(comfy.k_diffusion.sampling, "sample_euler", euler(positions))
