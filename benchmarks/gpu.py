@@ -1,7 +1,8 @@
 """What the interval saves on a GPU, at the sizes of real models with random weights: seconds, syncs, kernels, graphs.
 
     python benchmarks/gpu.py [--minutes 8] [--json out/performance.json]    measure; nothing is downloaded
-    python benchmarks/gpu.py --write                                        docs/performance.md from the JSON
+    python benchmarks/gpu.py --write                                        docs/performance.md from the JSON, and
+                                                                            from performance-*.json beside it
 
 ComfyUI is the one that COMFYUI_PATH names, or else the one that `make test` installs. The settings of a configuration
 run in turn, in an order that rotates, and ours is compared with the floor of its own round: what the run would take if
@@ -10,6 +11,7 @@ fails costs its row alone; the JSON is written after each. --pack FOLDER:NODE[:J
 """
 
 import argparse
+import asyncio
 import contextlib
 import gc
 import importlib.util
@@ -388,7 +390,18 @@ class Pack:
             )
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
-        return sys.modules[name].NODE_CLASS_MAPPINGS[self.node]
+        module = sys.modules[name]
+        if hasattr(module, "comfy_entrypoint"):
+            nodes = {n.GET_SCHEMA().node_id: n for n in asyncio.run(self.listed(module))}
+        else:
+            nodes = module.NODE_CLASS_MAPPINGS
+        if self.node not in nodes:
+            raise KeyError(f"{self.folder} has no node {self.node!r}; it has {', '.join(sorted(nodes))}")
+        return nodes[self.node]
+
+    @staticmethod
+    async def listed(module):
+        return await (await module.comfy_entrypoint()).get_node_list()
 
     def apply(self, model, positive, negative):
         """(model, weight, guider or None)"""
@@ -396,7 +409,8 @@ class Pack:
         types = node.INPUT_TYPES()
         known = {"model": model, "positive": positive, "negative": negative, "cfg": WEIGHT, **self.inputs}
         inputs = {k: v for k, v in known.items() if k in {**types["required"], **types.get("optional", {})}}
-        (made,) = getattr(node(), node.FUNCTION)(**inputs)
+        made = getattr(node() if node.FUNCTION != "EXECUTE_NORMALIZED" else node, node.FUNCTION)(**inputs)
+        made = getattr(made, "args", made)[0]  # Of the host's third kind of nodes, or of the first.
         return (model, WEIGHT, made) if hasattr(made, "sample") else (made, WEIGHT, None)
 
 
@@ -729,7 +743,10 @@ def main():
         sys.path.insert(0, str(Path(__file__).parent))
         import gpu_report
 
-        gpu_report.write(json.loads(args.json.read_text()))
+        others = sorted(args.json.parent.glob(f"{args.json.stem}-*.json"))
+        gpu_report.write(
+            json.loads(args.json.read_text()), others=[(other.name, json.loads(other.read_text())) for other in others]
+        )
         return
     if not torch.cuda.is_available() and not args.tiny:
         parser.error("no CUDA GPU here; --tiny runs small networks on the CPU")

@@ -16,13 +16,16 @@ FORMS = {EAGER: "at best", COMPILED: "when compiled", GRAPHS: "with CUDA graphs"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def write(content, docs=DOCS):
-    """Write performance.md and images/performance.png in the folder `docs`, whole or not at all."""
+def write(content, docs=DOCS, others=()):
+    """Write performance.md and images/performance.png in the folder `docs`, whole or not at all.
+
+    others: (file name, content) of runs of a few configurations, told at the end.
+    """
     figure = docs / "images" / "performance.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
     drawn = draw(content["rows"], figure)
     with atomic_path(docs / "performance.md") as tmp:
-        tmp.write_text(page(content, drawn))
+        tmp.write_text(page(content, drawn, others))
     print(f"wrote {docs / 'performance.md'}")
 
 
@@ -59,17 +62,28 @@ def over_floor(setting):
     return f"{r['median']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
 
 
-def page(content, drawn):
-    m, rows = content["machine"], done(content["rows"])
+def of_machine(m):
     software = ", ".join(f"{k} {m[k]}" for k in ("comfyui", "torch", "cuda", "k_diffusion", "python") if m.get(k))
-    interval = f"({content['interval'][0]:g}, {content['interval'][1]:g}]"
-    body, counted = [], []
+    return f"one {m['card']} (driver {m.get('driver', 'unknown')}; {software})"
+
+
+def seconds_table(rows):
+    packs = list(dict.fromkeys(n for r in rows for n in r["settings"] if n not in (CFG, COND, OURS, OVERRIDE, READ)))
+    head = ["", "guided steps", CFG, COND, OURS, "CFG Override", *packs, "ours over the floor", f"{CFG} / {OURS}"]
+    body = []
     for row in rows:
-        s, extra = row["settings"], [n for n in row["settings"] if n not in (CFG, COND, OURS, OVERRIDE, READ)]
-        packs = "; ".join(f"{n} {seconds(row, n)}" for n in extra)
-        taken = (seconds(row, n) for n in (CFG, COND, OURS, OVERRIDE))
+        taken = (seconds(row, n) for n in (CFG, COND, OURS, OVERRIDE, *packs))
         guided = f"{row['guided_steps']} of {row['steps']}"
-        body.append([title(row), guided, *taken, over_floor(s[OURS]), f"{times_as_fast(row):.2f}", packs])
+        body.append([title(row), guided, *taken, over_floor(row["settings"][OURS]), f"{times_as_fast(row):.2f}"])
+    return aligned(head, body)
+
+
+def page(content, drawn, others=()):
+    rows = done(content["rows"])
+    interval = f"({content['interval'][0]:g}, {content['interval'][1]:g}]"
+    counted = []
+    for row in rows:
+        s = row["settings"]
         found = {n: s[n]["counts"] for n in (OURS, CFG) if s.get(n, {}).get("counts")}
         per = lambda name, what, found=found: (  # noqa: E731
             "" if found.get(name, {}).get(what) is None else f"{found[name][what] / found[name]['evaluations']:g}"
@@ -80,31 +94,18 @@ def page(content, drawn):
             f"{row['graphs_first']}, then {row['graphs_later']}", f"{peak / 2**30:.1f}" if peak else "",
         ])  # fmt: skip
     missing = [f"- {title(row)}: {row['error']}" for row in content["rows"] if "error" in row]
-    head = [
-        "",
-        "guided steps",
-        "CFG",
-        "conditional only",
-        "ours",
-        "CFG Override",
-        "ours over the floor",
-        "CFG / ours",
-        "",
-    ]
-    if not any(r[-1] for r in body):
-        head, body = head[:-1], [r[:-1] for r in body]
     counts_head = ["", "syncs, ours", "syncs, CFG", "kernels, ours", "kernels, CFG", "graphs", "peak GiB"]
     text = (
         "# Performance\n\n"
         f"Written by `python benchmarks/gpu.py --write` from `{JSON_FILE.name}`, which `python benchmarks/gpu.py` "
-        f"measured in one run on one {m['card']} (driver {m.get('driver', 'unknown')}; {software}). Networks have "
+        f"measured in one run on {of_machine(content['machine'])}. Networks have "
         f"their real sizes and random weights; the interval is {interval}, and (0.1, 3.5] for the emoji model.\n\n"
         "## Seconds against the floor\n\n"
         "The *floor* is what a run would take if each evaluation cost what its rows cost: from the runs of CFG and of "
         "the conditional prediction alone in the same round. Medians of rounds in which the settings run in turn; in "
         "brackets the lowest and the highest round. *CFG Override* is the host's own node, set to weight 1 outside the "
         "same steps.\n\n"
-        f"{aligned(head, body)}\n\n"
+        f"{seconds_table(rows)}\n\n"
     )  # fmt: skip
     if drawn:
         text += (
@@ -124,6 +125,11 @@ def page(content, drawn):
             "\nEuler evaluates each level of its schedule once, so our node waits for no sigma; most other samplers of "
             "the host wait for numbers of their own at every step. Reading the sigmas of Euler changes a run by "
             f"{', '.join(changes)}.\n"
+        )
+    for name, other in others:
+        text += (
+            f"\n## A run of its own: `{name}`\n\nOn {of_machine(other['machine'])}.\n\n"
+            f"{seconds_table(done(other['rows']))}\n"
         )
     if missing:
         text += "\n## Not measured\n\n" + "\n".join(missing) + "\n"

@@ -129,7 +129,7 @@ def test_a_node_of_a_pack_is_measured_beside_ours(measured, tmp_path):
     (row,) = content["rows"]
     assert row["settings"]["some-pack: Plain"]["rows"] == row["settings"]["CFG"]["rows"]
     run("-c", WRITES, ROOT / "benchmarks", tmp_path / "gpu.json", tmp_path)
-    assert "| some-pack: Plain " in (tmp_path / "performance.md").read_text()
+    assert "| some-pack: Plain |" in (tmp_path / "performance.md").read_text()
 
 
 def test_a_configuration_that_fails_costs_its_row_and_the_page_says_so(measured, tmp_path):
