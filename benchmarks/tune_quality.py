@@ -67,7 +67,7 @@ def run_study(seed, sampler, trials, images, confirms):
         front = {t.number for t in search.front()}
         found = {
             "trials": [(t.user_attrs["setting"], t.number in front, objectives.num_blocks(t.user_attrs["measured"]))
-                       for t in search.trials()],
+                       for t in search.results()],
             "confirmed": [],
         }  # fmt: skip
         if confirms:

@@ -190,7 +190,7 @@ def test_the_confirmation_has_prompts_and_seeds_that_the_search_never_saw():
     searched, confirmed = ([(b.text, s) for b in part for s in b.seeds] for part in (plan.search, plan.confirm))
     assert not {p for p, _ in searched} & {p for p, _ in confirmed} and plan.fresh_prompts
     seeds = [s for _, s in searched + confirmed]
-    assert len(set(seeds)) == len(seeds) == 32 + 64 and max(seeds) < 2**32
+    assert len(set(seeds)) == len(seeds) == 2 * 32 + 64 and max(seeds) < 2**32
     assert plan == study.make_plan("s", PROMPTS, 10, 32, 0) != study.make_plan("s", PROMPTS, 10, 32, 1)
     assert plan.stages == (4, 8)
     few = study.make_plan("s", PROMPTS[:3], 10, 32, 0)
@@ -223,8 +223,8 @@ def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(
     assert labels[:3] == ["CFG as it was", "conditional only", "preset sdxl"] and len(complete) == 8
     assert settings_of(complete)[:2] == [(0.0, None, 4.0), (0.0, None, 1.0)]
     assert len(set(settings_of(complete))) == 8
-    assert [objectives.num_blocks(t.user_attrs["measured"]) for t in complete[:2]] == [4, 4]
-    assert {objectives.num_blocks(t.user_attrs["measured"]) for t in complete} == {2, 4}  # Some were stopped early.
+    assert [objectives.num_blocks(t.user_attrs["measured"]) for t in complete[:2]] == [8, 8]
+    assert {objectives.num_blocks(t.user_attrs["measured"]) for t in complete[2:]} == {2, 4}  # Some were stopped early.
     front = search.front()
     assert front and all(max(t.constraints.values()) <= 0 for t in front)
     rendered = len(search.backend.jobs)
@@ -236,6 +236,60 @@ def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(
 def test_more_trials_go_on_from_there(tmp_path):
     make_search(tmp_path, trials=5).run()
     assert len(make_search(tmp_path, trials=9).run()) == 9
+
+
+def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_path):
+    search = make_search(tmp_path, trials=20)
+    found = search.run()
+    again = [t for t in search.trials() if "again" in t.user_attrs]
+    assert again and len(found) == len(set(settings_of(found))) == 20  # They are none of the 20.
+    before = {tuple(t.user_attrs["setting"]): t for t in search.trials() if "again" not in t.user_attrs}
+    for trial in again:
+        first = before[tuple(trial.user_attrs["setting"])]
+        had, has = (objectives.num_blocks(t.user_attrs["measured"]) for t in (first, trial))
+        assert had == trial.user_attrs["again"] < has <= 8 and trial.params == first.params
+        assert trial in found and first not in found
+        assert trial.user_attrs["measured"]["adherence"][:had] == first.user_attrs["measured"]["adherence"]
+    assert any(objectives.num_blocks(t.user_attrs["measured"]) == 8 for t in again)
+    assert len(search.backend.jobs) == len(set(search.backend.jobs)) <= 20 * 16  # No more than without races.
+    assert [t["number"] for t in confirm._trials(search, [], None, None)] == sorted(t.number for t in found)
+    resumed = make_search(tmp_path, trials=20)
+    resumed.run()
+    assert not resumed.backend.jobs and len(resumed.trials()) == len(search.trials())
+
+
+def test_a_race_that_goes_on_survives_ctrl_c_and_is_run_once(tmp_path):
+    search = make_search(tmp_path, trials=20)
+    whole = search.run()
+
+    def press(job):
+        if any("again" in t.user_attrs for t in stopped.trials()):
+            raise KeyboardInterrupt
+
+    stopped = make_search(tmp_path, Painter(before=press), 20, out="out2", storage=f"sqlite:///{tmp_path / 'two.db'}")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    assert [t.state for t in stopped.trials() if "again" in t.user_attrs] == [TrialState.FAIL]
+    again = make_search(tmp_path, None, 20, out="out2", storage=f"sqlite:///{tmp_path / 'two.db'}")
+    for trial in [t for t in again.trials(TrialState.WAITING) if "again" in t.user_attrs]:
+        again.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)  # Another process, in the same second.
+    found = again.run()
+    assert settings_of(found) == settings_of(whole)
+    assert [t.user_attrs["measured"]["adherence"] for t in found] == [
+        t.user_attrs["measured"]["adherence"] for t in whole
+    ]
+    assert not set(stopped.backend.jobs) & set(again.backend.jobs)
+
+
+def test_a_race_that_is_refused_leaves_its_trial_as_it_was(tmp_path):
+    def refuses(setting):
+        return any("again" in t.user_attrs for t in search.trials())
+
+    search = make_search(tmp_path, Painter(refuses=refuses), trials=20)
+    found = search.run()
+    assert len(found) == 20 and not any("again" in t.user_attrs for t in found)
+    refused = settings_of(search.trials(TrialState.FAIL))
+    assert refused and len(set(refused)) == len(refused)
 
 
 def test_a_refusal_costs_the_trial_and_is_told_in_the_hosts_words(tmp_path):
@@ -296,7 +350,7 @@ def test_processes_share_a_study(tmp_path):
         thread.start()
     for thread in threads:
         thread.join(timeout=120)
-    complete = searches[0].trials(TrialState.COMPLETE)
+    complete = searches[0].results()
     assert len(complete) == len(set(settings_of(complete))) == 8
     assert {t.user_attrs["folder"] for t in complete} == {s.mine for s in searches}
     assert not searches[0].trials(TrialState.RUNNING, TrialState.WAITING)
@@ -391,7 +445,7 @@ def test_killed_and_joined_by_a_second_process_nothing_is_lost_or_doubled(tmp_pa
     told = [p.communicate(timeout=240) for p in both]
     assert [p.returncode for p in both] == [0, 0], told
     found = trials_of(url)
-    complete = [t for t in found if t.state == TrialState.COMPLETE]
+    complete = [t for t in found if t.state == TrialState.COMPLETE and "again" not in t.user_attrs]
     assert len(complete) == len({tuple(t.user_attrs["setting"]) for t in complete}) == 6
     lost = {t.number for t in found if t.state == TrialState.FAIL and not t.user_attrs.get("error")}
     again = [n for t in found for n in t.system_attrs.get("retry_history", [])]
@@ -847,5 +901,5 @@ def test_the_emoji_need_no_network_and_dry_run_renders_no_file(tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["tune", "--model", "emoji", "--dry-run", "--reference", "emoji"]) == 0
     out = capsys.readouterr().out
-    assert "least rows and distance" in out and re.search(r"at most 3,200 images, about \d+ (s|min) at", out)
+    assert "least rows and distance" in out and re.search(r"at most 3,328 images, about \d+ (s|min) at", out)
     assert not list(tmp_path.iterdir())

@@ -189,7 +189,7 @@ def _save(found, name, which):
 def _describe(plan, backend, judge):
     search, confirmed = plan.images
     goal = objectives.goal(judge, backend.sigmas is not None)
-    most = plan.trials * search + 5 * confirmed
+    most = (plan.trials + 2 * (study.MORE - 1)) * search + 5 * confirmed
     lines = [*backend.describe(), f"goal: {goal}", ""]
     ranges, speed = study.space(backend), _speed(backend, plan)
     lines.append(
@@ -198,7 +198,8 @@ def _describe(plan, backend, judge):
     for label, setting, _ in study.first_trials(backend, ranges):
         lines.append(f"  first: {label}, {setting}")
     lines += [
-        f"  {plan.trials} trials of {plan.stages[0] * objectives.SEEDS} to {search} images",
+        f"  {plan.trials} trials of {plan.stages[0] * objectives.SEEDS} to {search} images; what lost ones save "
+        f"goes to those near the front, up to {study.MORE * search}",
         f"confirmation: the best three, the baseline and conditional only, {confirmed} images each, "
         + ("of prompts that the search does not see" if plan.fresh_prompts else
            f"of the same prompts with fresh seeds (with {study.AT_LEAST} prompts or more, half would be kept for it)"),

@@ -29,10 +29,10 @@ def choose(search, count=3):
     First those of the front that together improve most on the baseline; if it has fewer than `count`, those of the
     front without them; at last those that are least beyond the bound: in the search that may be bad luck.
     """
-    complete = search.trials(TrialState.COMPLETE)
-    baseline = next(t for t in complete if t.user_attrs.get("label") == study.BASELINE)
+    found = search.results()
+    baseline = next(t for t in found if t.user_attrs.get("label") == study.BASELINE)
     corner, chosen = search.losses(baseline), []
-    rivals = [t for t in complete if t.number != baseline.number]
+    rivals = [t for t in found if t.number != baseline.number]
     left = [t for t in rivals if beyond(t) <= 0]
     while left and len(chosen) < count:
         order = objectives.best([search.losses(t) for t in left], corner, count - len(chosen))
@@ -101,7 +101,8 @@ def report(search, out, confirmed):
 
 def _trials(search, kept, base, drift):
     on_front, found = {t.number for t in search.front()}, []
-    for trial in search.trials(TrialState.COMPLETE, TrialState.FAIL):
+    failed = [t for t in search.trials(TrialState.FAIL) if "again" not in t.user_attrs]
+    for trial in sorted([*search.results(), *failed], key=lambda t: t.number):
         error = trial.user_attrs.get("error", "")
         done = trial.state == TrialState.COMPLETE
         if not done and (not error or error == study.SURPLUS):

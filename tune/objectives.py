@@ -204,6 +204,12 @@ def violation(goal, measured, baseline):
     return -goal.margin - difference(measured, baseline, goal.bound)[0]
 
 
+def chance(goal, measured, baseline):
+    """The probability that a setting is within the bound, by the interval of its difference."""
+    mean, low, high = difference(measured, baseline, goal.bound)
+    return float(stats.norm.cdf(mean + goal.margin, scale=max((high - low) / (2 * stats.norm.ppf(0.975)), 1e-12)))
+
+
 def is_lost(goal, measured, baseline, rivals):
     """Whether a setting has lost its race for the front, by intervals: it misses the bound, or a rival is no worse in
     every objective."""

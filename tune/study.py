@@ -5,7 +5,8 @@ no sign of life is failed and queued again by its heartbeat. A process's own tri
 which it has the sole use (`files.sole_use`): what still runs under that name when it starts was killed with it.
 
 Images are dear, so a trial races: it begins with a few blocks of images, and gets more while it may still be on the
-front, by intervals of paired differences, until it has as many as the baseline.
+front, by intervals of paired differences. What lost races saved is spent at the end: trials that may still be on the
+front go on with theirs, until they have as many as the baseline, which has twice as many as the search gives a trial.
 """
 
 import contextlib
@@ -64,8 +65,8 @@ class Block:
 class Plan:
     """What a study does; the same for all that join it.
 
-    stages: numbers of blocks at which a trial is judged; search, confirm: Blocks. fresh_prompts: whether those of the
-    confirmation are others than those of the search.
+    stages: numbers of blocks at which a trial is judged; search, confirm: Blocks, those of the search MORE times as
+    many as the last stage. fresh_prompts: whether those of the confirmation are others than those of the search.
     """
 
     name: str
@@ -78,10 +79,11 @@ class Plan:
 
     @property
     def images(self):
-        """Of a trial, at most, and of a setting in the confirmation."""
-        return len(self.search) * SEEDS, len(self.confirm) * SEEDS
+        """Of a trial before races go on, at most, and of a setting in the confirmation."""
+        return self.stages[-1] * SEEDS, len(self.confirm) * SEEDS
 
 
+MORE = 2  # Times the images of a trial: those of the baseline, and of a trial whose race went on to its end.
 AT_LEAST = 8  # Prompts, from which on half of them are kept for the confirmation.
 
 
@@ -100,8 +102,8 @@ def make_plan(name, prompts, trials, images, seed, confirm_images=None, screen=1
         stages.append(stage)
         stage *= 2
     return Plan(
-        name, trials, seed, (*stages, blocks), _blocks(sooner, blocks, first), _blocks(later, confirmed, first + 2**30),
-        fresh,
+        name, trials, seed, (*stages, blocks), _blocks(sooner, MORE * blocks, first),
+        _blocks(later, confirmed, first + 2**30), fresh,
     )  # fmt: skip
 
 
@@ -301,7 +303,10 @@ class Search:
                 self.study.enqueue_trial(params, user_attrs={"label": label, "setting": _as_json(setting)})
 
     def _is_surplus(self, trial):
-        """Whether other processes had begun all that there are to be, or queued the same first one."""
+        """Whether other processes had begun all that there are to be, or queued the same one."""
+        if "again" in trial.user_attrs:
+            same = [t for t in self.trials() if _goes_on(t) and t.user_attrs["setting"] == trial.user_attrs["setting"]]
+            return any(t.number < trial.number for t in same)
         counted = [t for t in self.trials() if _counts(t)]
         if trial.number in [t.number for t in counted][self.plan.trials :]:
             return True
@@ -315,21 +320,25 @@ class Search:
     # The work.
 
     def run(self):
-        """Take part until all trials are done; returns the complete ones. Raises UserError without a baseline."""
+        """Take part until all trials are done; returns the `results`. Raises UserError without a baseline."""
         while True:
-            trials = self.trials()
-            states = Counter(t.state for t in trials if _counts(t))
-            self.view.trials(states[TrialState.COMPLETE] + states[TrialState.FAIL], self.plan.trials, self.front())
-            if states[TrialState.WAITING] or (self.measured(BASELINE) and sum(states.values()) < self.plan.trials):
+            trials = [t for t in self.trials() if not _is_void(t)]
+            states, every = Counter(t.state for t in trials if _counts(t)), Counter(t.state for t in trials)
+            total = self.plan.trials + len(trials) - sum(states.values())
+            self.view.trials(every[TrialState.COMPLETE] + every[TrialState.FAIL], total, self.front())
+            if every[TrialState.WAITING] or (self.measured(BASELINE) and sum(states.values()) < self.plan.trials):
                 self.study.optimize(self._objective, n_trials=1, catch=(Refused, _Later))
                 self._check_baseline()
-            elif states[TrialState.RUNNING]:
-                self.view.waiting(states[TrialState.RUNNING])
+                continue
+            self._check_baseline()
+            if not states[TrialState.RUNNING] and (undecided := self._undecided()):
+                self._enqueue_again(undecided)
+            elif every[TrialState.RUNNING]:
+                self.view.waiting(every[TrialState.RUNNING])
                 time.sleep(1)
                 optuna.storages.fail_stale_trials(self.study)
             else:
-                self._check_baseline()
-                return self.trials(TrialState.COMPLETE)
+                return self.results()
 
     def measured(self, label):
         """What the complete trial of this label measured, or None."""
@@ -367,18 +376,63 @@ class Search:
     def _race(self, trial, setting):
         if self._is_surplus(trial):
             raise Refused(SURPLUS)
-        label = trial.user_attrs.get("label")
-        for stage in self.plan.stages:
+        label, had = (trial.user_attrs.get(k) for k in ("label", "again"))
+        if label in (BASELINE, CONDITIONAL_LABEL):
+            stages = self.all_stages[-1:]
+        else:
+            stages = self.plan.stages if had is None else [s for s in self.all_stages if s > had]
+        for stage in stages:
             measured = self.render(setting, self.plan.search[:stage], self.folder)
-            if label in (BASELINE, CONDITIONAL_LABEL) and stage < self.plan.stages[-1]:
-                continue
             baseline = measured if label == BASELINE else self._baseline()
-            rivals = [t.user_attrs["measured"] for t in self.front()]
-            if label is None and objectives.is_lost(self.goal, measured, baseline, rivals):
+            if label is None and self._is_lost(trial, measured, baseline):
                 break
         trial.set_user_attr("measured", measured)
         trial.set_constraint(self.goal.bound, objectives.violation(self.goal, measured, baseline))
         return [objectives.value(measured, baseline, key)[0] for key in self.goal.keys]
+
+    @property
+    def all_stages(self):
+        return (*self.plan.stages, len(self.plan.search))
+
+    def _undecided(self):
+        """The trial whose race goes on next, or None: it is not lost, and what lost races saved has room for it.
+
+        First comes the one that makes most difference to the area of the front, times how uncertain its bound is.
+        """
+        found, front = self.results(), self.front()
+        first = next((t for t in found if t.user_attrs.get("label") == BASELINE), None)
+        if first is None:
+            return None
+        baseline, corner = first.user_attrs["measured"], self.losses(first)
+        missing = {t.number: _blocks_of(first) - _blocks_of(t) for t in found}
+        going = [t.user_attrs["setting"] for t in self.trials() if _goes_on(t)]
+        room = self.plan.trials * self.plan.stages[-1] - sum(_blocks_of(t) for t in found)
+        room -= sum(missing[t.number] for t in found if t.user_attrs["setting"] in going)
+
+        def worth(trial):
+            others = [self.losses(t) for t in front if t.number != trial.number]
+            area = objectives.hypervolume([*others, self.losses(trial)], corner)
+            chance = objectives.chance(self.goal, trial.user_attrs["measured"], baseline)
+            return (area - objectives.hypervolume(others, corner)) * chance * (1 - chance)
+
+        left = [
+            t
+            for t in found
+            if 0 < missing[t.number] <= room and t.user_attrs["setting"] not in going
+            and not self._is_lost(t, t.user_attrs["measured"], baseline)
+        ]  # fmt: skip
+        return max(left, key=worth, default=None)
+
+    def _is_lost(self, trial, measured, baseline):
+        """Whether a trial has lost its race, now that it has `measured`."""
+        mine = trial.user_attrs["setting"]
+        rivals = [t.user_attrs["measured"] for t in self.front() if t.user_attrs["setting"] != mine]
+        return objectives.is_lost(self.goal, measured, baseline, rivals)
+
+    def _enqueue_again(self, trial):
+        """A complete trial cannot be changed: its race goes on in another one, of the same setting."""
+        kept = {k: v for k, v in trial.user_attrs.items() if k in ("label", "setting")}
+        self.study.enqueue_trial(trial.params, user_attrs={**kept, "again": _blocks_of(trial)})
 
     def _baseline(self):
         """What the baseline measured; waits for the process that is at it. Raises _Later where there is none."""
@@ -390,9 +444,17 @@ class Search:
             optuna.storages.fail_stale_trials(self.study)
         return found
 
+    def results(self):
+        """The complete trials; of a setting, the one with most images."""
+        found = {}
+        for trial in self.trials(TrialState.COMPLETE):
+            key = tuple(trial.user_attrs["setting"])
+            found[key] = max(found.get(key, trial), trial, key=_blocks_of)
+        return list(found.values())
+
     def front(self):
-        """The complete trials that no other one beats, of those within the bound; by cost."""
-        trials = [t for t in self.trials(TrialState.COMPLETE) if max(t.constraints.values()) <= 0]
+        """The results that no other one beats, of those within the bound; by cost."""
+        trials = [t for t in self.results() if max(t.constraints.values()) <= 0]
         kept = objectives.front([self.losses(t) for t in trials])
         return sorted((trials[i] for i in kept), key=self.losses)
 
@@ -416,13 +478,27 @@ class Search:
             [job.prompt for _, job in wanted],
             [r.rows for r in got],
             [r.seconds for r in got],
-            [s for s in self.plan.stages if s <= len(blocks)] if folder is self.folder else [len(blocks)],
+            [s for s in self.all_stages if s <= len(blocks)] if folder is self.folder else [len(blocks)],
         )
 
 
 def _counts(trial):
-    """Whether it is one of the study's trials: not one that was lost with its process, nor surplus."""
-    return trial.state != TrialState.FAIL or trial.user_attrs.get("error", SURPLUS) != SURPLUS
+    """Whether it is one of the study's trials, and not the rest of another one's race."""
+    return "again" not in trial.user_attrs and not _is_void(trial)
+
+
+def _is_void(trial):
+    """Whether it was lost with its process, or surplus."""
+    return trial.state == TrialState.FAIL and trial.user_attrs.get("error", SURPLUS) == SURPLUS
+
+
+def _goes_on(trial):
+    """Whether it is a race that goes on, or that was refused: it is not to be queued again."""
+    return "again" in trial.user_attrs and trial.state != TrialState.COMPLETE and not _is_void(trial)
+
+
+def _blocks_of(trial):
+    return objectives.num_blocks(trial.user_attrs["measured"])
 
 
 def _as_json(setting):
