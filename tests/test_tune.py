@@ -356,6 +356,28 @@ def test_processes_share_a_study(tmp_path):
     assert not searches[0].trials(TrialState.RUNNING, TrialState.WAITING)
 
 
+def test_a_queued_trial_is_given_to_one_process_only(tmp_path):
+    url, count = f"sqlite:///{tmp_path / 's.db'}", 4
+    optuna.create_study(storage=study.open_storage(url), study_name="s")
+    studies = [optuna.load_study(storage=study.open_storage(url), study_name="s") for _ in range(count)]
+    barrier, rounds, popped = threading.Barrier(count), 25, []
+
+    def pop(mine):
+        for _ in range(rounds):
+            if barrier.wait(timeout=60) == 0:
+                mine.enqueue_trial({})
+            barrier.wait(timeout=60)
+            popped.append(mine._pop_waiting_trial_id())
+
+    threads = [threading.Thread(target=pop, args=[s]) for s in studies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    given = [p for p in popped if p is not None]
+    assert len(popped) == count * rounds and len(given) == len(set(given)) == rounds
+
+
 def test_first_trials_that_two_processes_queued_are_rendered_once(tmp_path):
     search = make_search(tmp_path)
     for label, setting, params in study.first_trials(search.backend, search.ranges):

@@ -176,18 +176,30 @@ def open_storage(url):
             return storage
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         sqlite = url.startswith("sqlite:")
-        return optuna.storages.RDBStorage(
+        storage = optuna.storages.RDBStorage(
             url,
             engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
             heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
         )
+        if sqlite:
+            _lock_when_begun(storage.engine)
+        return storage
     except Exception as e:  # Of SQLAlchemy, of its drivers, of gRPC.
         raise UserError(
             f"storage {url!r} cannot be used ({_first_line(e)}); give a database's URL, like "
             "postgresql+psycopg://user:password@host/name or sqlite:///study.db, or leave it out"
         ) from e
+
+
+def _lock_when_begun(engine):
+    """SQLite has no FOR UPDATE, by which Optuna gives a queued trial to one process only: each transaction locks."""
+    import sqlalchemy
+
+    sqlalchemy.event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+    sqlalchemy.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    engine.dispose()  # The connections that there are.
 
 
 def _first_line(error):
