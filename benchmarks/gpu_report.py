@@ -80,6 +80,7 @@ def seconds_table(rows):
 
 def page(content, drawn, others=()):
     rows = done(content["rows"])
+    later = [row | {"later": True} for _, other in others for row in done(other["rows"])]
     interval = f"({content['interval'][0]:g}, {content['interval'][1]:g}]"
     counted = []
     for row in rows:
@@ -93,7 +94,10 @@ def page(content, drawn, others=()):
             title(row), per(OURS, "syncs"), per(CFG, "syncs"), per(OURS, "kernels"), per(CFG, "kernels"),
             f"{row['graphs_first']}, then {row['graphs_later']}", f"{peak / 2**30:.1f}" if peak else "",
         ])  # fmt: skip
-    missing = [f"- {title(row)}: {row['error']}" for row in content["rows"] if "error" in row]
+    known = [row["config"] for row in later]
+    missing = [
+        f"- {title(row)}: {row['error']}" for row in content["rows"] if "error" in row and row["config"] not in known
+    ]
     counts_head = ["", "syncs, ours", "syncs, CFG", "kernels, ours", "kernels, CFG", "graphs", "peak GiB"]
     text = (
         "# Performance\n\n"
@@ -112,7 +116,7 @@ def page(content, drawn, others=()):
             "![Seconds of a run against the share of guided steps, with the floor drawn through]"
             "(images/performance.png)\n\n"
         )
-    text += batch_one(rows)
+    text += batch_one([*rows, *later])
     text += (
         "## Syncs, kernels, graphs, memory\n\n"
         "For each evaluation, of two evaluations of which one is guided: times that the host waits for the GPU, and "
@@ -143,6 +147,7 @@ def waits_for_kernels(row):
 def batch_one(rows):
     """What helps a single image of a network that does not fill the GPU with one; "" if none was measured."""
     one_a_step = [r for r in rows if r["config"]["sampler"] in ("euler", "dpmpp_2m") and not r["config"]["size"]]
+    one_a_step = [r for r in one_a_step if "later" not in r or r["config"]["form"] != EAGER]
     single = [r for r in one_a_step if r["config"]["batch"] == 1 and waits_for_kernels(r)]
     text = ""
     for network in dict.fromkeys(r["config"]["network"] for r in single):
@@ -153,7 +158,7 @@ def batch_one(rows):
             c, s = row["config"], row["settings"]
             taken = [f"{milliseconds(row, n):.3g}" for n in (CFG, COND, OURS)]
             twice = f"{s[CFG]['median'] / s[COND]['median']:.2f}"
-            kind = [f"{c['batch']}", c["sampler"], c["through"], c["form"]]
+            kind = [f"{c['batch']}", c["sampler"], c["through"], c["form"] + (" *" if "later" in row else "")]
             body.append([*kind, *taken, twice, f"{times_as_fast(row):.2f}"])
         head = ["batch", "sampler", "through", "form", CFG, COND, OURS, f"{CFG} / {COND}", f"{CFG} / {OURS}"]
         of_one = [r for r in shown if r["config"]["batch"] == 1]
@@ -173,11 +178,13 @@ def batch_one(rows):
     return (
         "## One image at a time\n\n"
         "A fast GPU may wait for its next kernel rather than compute. Then half the rows take more than half of the "
-        "time, and the interval saves less than its rows. A larger batch helps most; compiling the network helps where "
-        "it makes fewer kernels, and CUDA graphs where a network is small. Milliseconds for each step of each image:"
+        "time, and the interval saves less than its rows. A larger batch helps most. A single "
+        "image is helped by CUDA graphs of a compiled network, which take the launches away; compiling alone does less. "
+        "Milliseconds for each step of each image:"
         f"\n\n{text}"
         "In ComfyUI, *compiled* and *CUDA graphs* are the backends inductor and cudagraphs of its TorchCompileModel "
-        'node; for CFGDenoiser, `torch.compile(network)` and the same with `mode="reduce-overhead"`.\n\n'
+        'node; for CFGDenoiser, `torch.compile(network)` and the same with `mode="reduce-overhead"`.'
+        + (" Rows with * are of the run of its own.\n\n" if any("later" in r for r in one_a_step) else "\n\n")
     )
 
 
