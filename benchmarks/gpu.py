@@ -563,12 +563,15 @@ def measure(config, runs, device, until):
     settings = runs.settings(config)
     row = {"guided_steps": runs.guided_steps, "settings": {}, "failed": {}}
     order = [OURS, COND, CFG, *(n for n in settings if n not in (OURS, COND, CFG))]
+    outs = {}
     for name in order:  # Warm; ours first, so that the graphs are those that it needs.
         try:
             before, rows = graphs_compiled(), runs.count.rows
             evaluations = runs.count.evaluations
             seconds, out = timed(settings[name], device)
             made = graphs_compiled() - before
+            if name in (OURS, READ):
+                outs[name] = out
             row["settings"][name] = {
                 "rows": runs.count.rows - rows,
                 "evaluations": runs.count.evaluations - evaluations,
@@ -582,6 +585,9 @@ def measure(config, runs, device, until):
                 raise
             row["failed"][name] = f"{type(e).__name__}: {str(e)[:200]}"
     row["graphs_first"] = graphs_compiled() - start_graphs
+    # A GPU need not give the same bits twice: what it gives again is told beside what it gives with sigma read.
+    again = settings[OURS]()
+    row["same_bits"] = {n: torch.equal(again, out) for n, out in outs.items()}
     names = [n for n in order if n in row["settings"]]
     before = graphs_compiled()
     curve = {k: [] for k in runs.curve}

@@ -130,6 +130,13 @@ def page(content, drawn, others=()):
             "the host wait for numbers of their own at every step. Reading the sigmas of Euler changes a run by "
             f"{', '.join(changes)}.\n"
         )
+        if told := [r for r in read if "same_bits" in r]:
+            differ = [title(r) for r in told if not r["same_bits"][READ]]
+            twice = [title(r) for r in told if not r["same_bits"][OURS]]
+            text += (
+                f"The latents with sigma read differ for {'; '.join(differ) or 'none'}; those of two equal runs for "
+                f"{'; '.join(twice) or 'none'}.\n"
+            )
     for name, other in others:
         text += (
             f"\n## A run of its own: `{name}`\n\nOn {of_machine(other['machine'])}.\n\n"
@@ -178,8 +185,8 @@ def batch_one(rows):
     return (
         "## One image at a time\n\n"
         "A fast GPU may wait for its next kernel rather than compute. Then half the rows take more than half of the "
-        "time, and the interval saves less than its rows. A larger batch helps most. A single "
-        "image is helped by CUDA graphs of a compiled network, which take the launches away; compiling alone does less. "
+        "time, and the interval saves less than its rows. A larger batch helps most. A single image is helped by CUDA "
+        "graphs of a compiled network, which take the launches away; compiling alone does less. "
         "Milliseconds for each step of each image:"
         f"\n\n{text}"
         "In ComfyUI, *compiled* and *CUDA graphs* are the backends inductor and cudagraphs of its TorchCompileModel "

@@ -82,6 +82,7 @@ def test_each_run_evaluates_the_rows_of_the_floor_and_is_finite(measured):
         assert settings["ours"]["rows"] == batch * (n + row["guided_steps"])
         assert settings["conditional only"]["rows"] == batch * n and settings["CFG"]["rows"] == 2 * batch * n
         assert all(s["finite"] for s in settings.values())
+        assert row["same_bits"]["ours"] and all(row["same_bits"].values())
 
 
 def test_a_compiled_network_makes_one_graph_for_each_number_of_rows_and_no_more(measured):
