@@ -241,9 +241,9 @@ def main():
     text = (
         "# The tuner against a dense sweep\n\n"
         f"Written by `benchmarks/tune_quality.py`: studies of the emoji model, {args.trials} trials of {args.images} "
-        "images. *Tried* and *front*: the share of the dense sweep's hypervolume that all settings of a study, or those "
-        "on its front, have by their true values, on the mean of the seeds. *Held*: confirmed 95 % intervals with the "
-        "true value in them. *Bias*: how much too high the value of a confirmed setting was, on the mean.\n\n"
+        "images. *Tried* and *front*: the share of the dense sweep's hypervolume that all settings of a study, or "
+        "those on its front, have by their true values, on the mean of the seeds. *Held*: confirmed 95 % intervals "
+        "with the true value in them. *Bias*: how much too high the value of a confirmed setting was, on the mean.\n\n"
     )
     text += search_table(args, truth, images, found)
     print(text, flush=True)
