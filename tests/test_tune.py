@@ -356,6 +356,21 @@ def test_processes_share_a_study(tmp_path):
     assert not searches[0].trials(TrialState.RUNNING, TrialState.WAITING)
 
 
+def test_a_process_killed_when_it_had_just_taken_a_trial_does_not_hold_up_the_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "GRACE", 2)
+    search = make_search(tmp_path)
+    search.study.optimize(search._objective, n_trials=1)
+    taken = search.study._pop_waiting_trial_id()  # And then there was neither a heartbeat nor a name.
+    assert search.study._storage.get_trial(taken).state == TrialState.RUNNING
+    complete = make_search(tmp_path).run()
+    assert len(complete) == len(set(settings_of(complete))) == 8
+    lost = search.trials(TrialState.FAIL)
+    assert [t._trial_id for t in lost] == [taken]
+    assert [t.system_attrs["retry_history"] for t in complete if "retry_history" in t.system_attrs] == [
+        [lost[0].number]
+    ]
+
+
 def test_a_queued_trial_is_given_to_one_process_only(tmp_path):
     url, count = f"sqlite:///{tmp_path / 's.db'}", 4
     optuna.create_study(storage=study.open_storage(url), study_name="s")

@@ -225,6 +225,7 @@ class Search:
         self.folder = Folder(Path(out) / "images")
         self.mine = f"{socket.gethostname()}:{Path(out).resolve()}"
         self.ranges = space(backend)
+        self.nameless_since = {}  # Trial's number: when it was first seen without its process's name.
         created = True
         try:
             self.study = optuna.create_study(storage=storage, study_name=plan.name, directions=self.goal.directions)
@@ -279,7 +280,6 @@ class Search:
 
     def _recover(self):
         """Queue again what this output folder's process was at when it was stopped or killed."""
-        storage, retry = self.study._storage, optuna.storages.RetryHeartbeatStaleTrialCallback()
         trials = self.trials()
         followed = {n for t in trials for n in t.system_attrs.get("retry_history", [])}
         for trial in trials:
@@ -287,10 +287,32 @@ class Search:
                 continue
             lost = trial.state == TrialState.FAIL and "error" not in trial.user_attrs and self._settled(trial)
             if trial.state == TrialState.RUNNING:
-                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    lost = storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
-            if lost and trial.number not in followed:
-                retry(self.study, self.study.trials[trial.number])
+                self._fail(trial)
+            elif lost and trial.number not in followed:
+                self._queue_again(trial)
+
+    def _fail(self, trial):
+        """Fail a trial that was lost with its process, and queue it again, unless another process has just done so."""
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            if self.study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
+                self._queue_again(trial)
+
+    def _queue_again(self, trial):
+        optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
+
+    def _fail_stale(self):
+        """Fail and queue again what was lost with any process.
+
+        The heartbeat does not know a trial whose process was killed when it had just taken it. Such a one bears no
+        process's name, and is given up when this process has seen that for a while, by its own clock.
+        """
+        optuna.storages.fail_stale_trials(self.study)
+        nameless = {t.number: t for t in self.trials(TrialState.RUNNING) if "folder" not in t.user_attrs}
+        now = time.monotonic()
+        self.nameless_since = {number: self.nameless_since.get(number, now) for number in nameless}
+        for number, since in self.nameless_since.items():
+            if now - since > GRACE:
+                self._fail(nameless[number])
 
     @staticmethod
     def _settled(trial):
@@ -348,7 +370,7 @@ class Search:
             elif every[TrialState.RUNNING]:
                 self.view.waiting(every[TrialState.RUNNING])
                 time.sleep(1)
-                optuna.storages.fail_stale_trials(self.study)
+                self._fail_stale()
             else:
                 return self.results()
 
@@ -379,7 +401,7 @@ class Search:
             self.view.failed(trial.number, setting, str(e))
             raise
         except _Later:  # Behind the baseline, in the order of the queue.
-            optuna.storages.RetryHeartbeatStaleTrialCallback()(self.study, self.study.trials[trial.number])
+            self._queue_again(trial)
             raise
         except KeyboardInterrupt:
             trial.set_user_attr("interrupted", True)
@@ -453,7 +475,7 @@ class Search:
             if any(t.user_attrs.get("label") == BASELINE for t in self.trials(TrialState.WAITING)):
                 raise _Later
             time.sleep(1)
-            optuna.storages.fail_stale_trials(self.study)
+            self._fail_stale()
         return found
 
     def results(self):
