@@ -286,7 +286,7 @@ class ComfyRuns:
             found[READ] = run(ours(own), sampler=euler_that_is_not_known())
         for pack in self.packs if config.form == EAGER and config.network != "video" else ():
             found[pack.name] = run(*pack.apply(plain, *self.conds(config)))
-        self.own, self.sigmas, self.at = own, sigmas, ours
+        self.own, self.sigmas = own, sigmas
         self.curve = {}
         if config.curve:
             for k in sorted({round(config.steps * share) for share in (0, 0.25, 0.5, 0.75, 1)}):
@@ -429,9 +429,7 @@ class DenoiserRuns:
         device = self.networks.device
         model, cond, uncond, sigma_min, sigma_max = (self.demo if config.network == "demo" else self.unet)(config)
         if config.form != EAGER:
-            mode = (
-                "reduce-overhead" if config.form == GRAPHS else "default"
-            )  # CUDA graphs, of kernels that are compiled.
+            mode = "reduce-overhead" if config.form == GRAPHS else "default"  # The former makes CUDA graphs.
             how = {"mode": mode} if device.type == "cuda" else {"backend": "eager"}
             model = torch.compile(model, dynamic=False, **how)
 
@@ -585,11 +583,11 @@ def measure(config, runs, device, until):
                 raise
             row["failed"][name] = f"{type(e).__name__}: {str(e)[:200]}"
     row["graphs_first"] = graphs_compiled() - start_graphs
+    before = graphs_compiled()
     # A GPU need not give the same bits twice: what it gives again is told beside what it gives with sigma read.
     again = settings[OURS]()
     row["same_bits"] = {n: torch.equal(again, out) for n, out in outs.items()}
     names = [n for n in order if n in row["settings"]]
-    before = graphs_compiled()
     curve = {k: [] for k in runs.curve}
     for i in range(9):
         if i >= 3 and time.monotonic() - began > 0.6 * config.seconds:

@@ -169,16 +169,12 @@ def batch_one(rows):
             body.append([*kind, *taken, twice, f"{times_as_fast(row):.2f}"])
         head = ["batch", "sampler", "through", "form", CFG, COND, OURS, f"{CFG} / {COND}", f"{CFG} / {OURS}"]
         of_one = [r for r in shown if r["config"]["batch"] == 1]
-        (first, _), (alone, how), (least, batch) = (
-            min((milliseconds(r, OURS), r["config"][key]) for r in of)
-            for of, key in (
-                ([r for r in of_one if r["config"]["form"] == EAGER], "form"), (of_one, "form"), (shown, "batch")
-            )
-        )  # fmt: skip
+        eager, alone, best = map(fastest, ([r for r in of_one if r["config"]["form"] == EAGER], of_one, shown))
         text += (
             f"{NETWORKS[network].title}:\n\n{aligned(head, body)}\n\n"
-            f"Alone, an image takes {first:.3g} ms a step in the interval, and {alone:.3g} ms {FORMS[how]}; "
-            f"in a batch of {batch} it takes {least:.3g} ms.\n\n"
+            f"Alone, an image takes {milliseconds(eager, OURS):.3g} ms a step in the interval, and "
+            f"{milliseconds(alone, OURS):.3g} ms {FORMS[alone['config']['form']]}; in a batch of "
+            f"{best['config']['batch']} it takes {milliseconds(best, OURS):.3g} ms.\n\n"
         )
     if not text:
         return ""
@@ -198,6 +194,10 @@ def batch_one(rows):
 def milliseconds(row, name):
     """For each step of each image."""
     return 1000 * row["settings"][name]["median"] / row["steps"] / row["config"]["batch"]
+
+
+def fastest(rows):
+    return min(rows, key=lambda row: milliseconds(row, OURS))
 
 
 def draw(rows, path):

@@ -30,7 +30,7 @@ def choose(search, count=3):
     front without them; at last those that are least beyond the bound: in the search that may be bad luck.
     """
     found = search.results()
-    baseline = next(t for t in found if t.user_attrs.get("label") == study.BASELINE)
+    baseline = search.complete(study.BASELINE)
     corner, chosen = search.losses(baseline), []
     rivals = [t for t in found if t.number != baseline.number]
     left = [t for t in rivals if beyond(t) <= 0]

@@ -374,12 +374,14 @@ class Search:
             else:
                 return self.results()
 
+    def complete(self, label):
+        """The complete trial of this label, or None."""
+        return next((t for t in self.trials(TrialState.COMPLETE) if t.user_attrs.get("label") == label), None)
+
     def measured(self, label):
-        """What the complete trial of this label measured, or None."""
-        for trial in self.trials(TrialState.COMPLETE):
-            if trial.user_attrs.get("label") == label:
-                return trial.user_attrs["measured"]
-        return None
+        """What it measured, or None."""
+        trial = self.complete(label)
+        return trial and trial.user_attrs["measured"]
 
     def _check_baseline(self):
         """Raise UserError if what all is compared with has failed, in the host's words."""
@@ -418,7 +420,7 @@ class Search:
         for stage in stages:
             measured = self.render(setting, self.plan.search[:stage], self.folder)
             baseline = measured if label == BASELINE else self._baseline()
-            if label is None and self._is_lost(trial, measured, baseline):
+            if label is None and self._is_lost(trial, measured, baseline, self.front()):
                 break
         trial.set_user_attr("measured", measured)
         trial.set_constraint(self.goal.bound, objectives.violation(self.goal, measured, baseline))
@@ -434,7 +436,7 @@ class Search:
         First comes the one that makes most difference to the area of the front, times how uncertain its bound is.
         """
         found, front = self.results(), self.front()
-        first = next((t for t in found if t.user_attrs.get("label") == BASELINE), None)
+        first = self.complete(BASELINE)
         if first is None:
             return None
         baseline, corner = first.user_attrs["measured"], self.losses(first)
@@ -453,14 +455,14 @@ class Search:
             t
             for t in found
             if 0 < missing[t.number] <= room and t.user_attrs["setting"] not in going
-            and not self._is_lost(t, t.user_attrs["measured"], baseline)
+            and not self._is_lost(t, t.user_attrs["measured"], baseline, front)
         ]  # fmt: skip
         return max(left, key=worth, default=None)
 
-    def _is_lost(self, trial, measured, baseline):
-        """Whether a trial has lost its race, now that it has `measured`."""
+    def _is_lost(self, trial, measured, baseline, front):
+        """Whether a trial has lost its race against the front, now that it has `measured`."""
         mine = trial.user_attrs["setting"]
-        rivals = [t.user_attrs["measured"] for t in self.front() if t.user_attrs["setting"] != mine]
+        rivals = [t.user_attrs["measured"] for t in front if t.user_attrs["setting"] != mine]
         return objectives.is_lost(self.goal, measured, baseline, rivals)
 
     def _enqueue_again(self, trial):
