@@ -3,10 +3,12 @@
     python benchmarks/tune_quality.py --device cuda --workers 14 --out out/tune-quality
 
 Several GPUs are `--device cuda:0 cuda:1`, with so many workers on each. What is finished is kept in --out: dense.npz,
-studies.json, and the tables in quality.md.
+refined/, studies.json, and the tables in quality.md.
 
-The dense sweep renders every interval that guides other steps (78 for 12 steps) at ten weights. It gives the true
-values of any setting: those of the same guided steps, between two weights linear in the logarithm of the weight.
+The dense sweep renders every interval that guides other steps (78 for 12 steps) at ten weights. Which of them are the
+best within the bound is decided by less than its standard error, so those that may be are rendered again with many more
+images, and at weights between. It gives the true values of any setting: those of the same guided steps, between the
+weights by monotone cubics in the logarithm of the weight.
 
 Search: the area (hypervolume) that a study's settings dominate, by their true values and up to CFG as it was, over
 that of the dense sweep: of all that it tried, and of the front that it reports. Each sampler has the same budget.
@@ -29,11 +31,13 @@ from guidance_interval.tune import confirm, emoji, objectives, study
 from guidance_interval.tune.backends import Job, Setting, everywhere
 from guidance_interval.tune.objectives import SEEDS
 from guidance_interval.tune.view import Quiet
+from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
 
 WEIGHTS = [1.75, 2.1, 2.6, 3.2, 4.0, 4.9, 6.0, 7.3, 8.7, 10.0]
 FIRST_SEED = 2**32  # Of the dense sweep: none of a study's.
-BATCH = 384
+BATCH = 1024
+NEAR = 0.4  # Of the dense sweep's area: what a setting that is rendered again has at least on its own.
 CONDITIONAL_CELL = (-1, -1, 1.0)  # Among the keys (first and last guided step, weight) of the dense sweep.
 
 
@@ -41,11 +45,16 @@ CONDITIONAL_CELL = (-1, -1, 1.0)  # Among the keys (first and last guided step, 
 # In the workers.
 
 
-def measure_densely(setting, groups, classes=None):
-    """`(rows, adherence [blocks], variety [blocks])` of `groups` blocks of every prompt, or of so many of them."""
+def measure_densely(setting, groups, classes=None, before=0):
+    """`(rows, adherence [blocks], variety [blocks])` of `groups` blocks of every prompt, or of so many of them.
+
+    before: the blocks of each prompt that were rendered already; these have other seeds.
+    """
     backend, judge = emoji.Emoji(workers.device()), emoji.EmojiJudge(workers.device())
-    prompts = backend.prompts[:: len(backend.prompts) // (classes or len(backend.prompts))] * groups
-    jobs = [Job(setting, prompt, FIRST_SEED + b * SEEDS + k) for b, prompt in enumerate(prompts) for k in range(SEEDS)]
+    prompts = backend.prompts[:: len(backend.prompts) // (classes or len(backend.prompts))]
+    first = FIRST_SEED + before * len(prompts) * SEEDS
+    blocks = enumerate(prompts * groups)
+    jobs = [Job(setting, prompt, first + b * SEEDS + k) for b, prompt in blocks for k in range(SEEDS)]
     adherence, variety = [], []
     for start in range(0, len(jobs), BATCH):
         part = jobs[start : start + BATCH]
@@ -97,20 +106,27 @@ def steps_setting(sigmas, first, last, weight):
 
 
 class Truth:
-    """What the dense sweep says of any setting."""
+    """What the dense sweep says of any setting. cells: `{key: (rows, variety, adherence)}`."""
 
     def __init__(self, cells, sigmas):
         self.cells, self.sigmas = cells, torch.tensor(sigmas)
-        self.steps = len(sigmas)
+        self.curves = {}
+        for steps in {k[:2] for k in cells if k != CONDITIONAL_CELL}:
+            weights = sorted(w for *of, w in cells if tuple(of) == steps)
+            values = np.array([cells[(*steps, w)] for w in weights])
+            self.curves[steps] = PchipInterpolator(np.log(weights), values)
 
     def __call__(self, setting):
         """`(rows, variety, adherence)`, float64."""
         guided = [] if setting.weight == 1 else setting.interval.mask(self.sigmas).nonzero()[:, 0].tolist()
         if not guided:
             return self.cells[CONDITIONAL_CELL]
-        known = [self.cells[guided[0], guided[-1], w] for w in WEIGHTS]
         at = math.log(min(max(setting.weight, WEIGHTS[0]), WEIGHTS[-1]))
-        return tuple(float(np.interp(at, np.log(WEIGHTS), [k[i] for k in known])) for i in range(3))
+        return tuple(map(float, self.curves[guided[0], guided[-1]](at)))
+
+    def settings(self):
+        """Those of the dense sweep that are guided."""
+        return [steps_setting(self.sigmas.tolist(), *k) for k in self.cells if k != CONDITIONAL_CELL]
 
     @property
     def baseline(self):
@@ -136,8 +152,8 @@ def run_all(tasks, args, what):
 
 
 def dense(args):
-    """`(Truth, number of images)` of dense.npz: `keys` [cells, 3], `rows` [cells], `adherence` and `variety`
-    [cells, blocks]."""
+    """`(Truth, what it is made of, {key: standard error of its adherence})` of dense.npz, `keys` [cells, 3], `rows`
+    [cells], `adherence` and `variety` [cells, blocks], and of refined/, adherence and variety [2, blocks] each."""
     file = args.out / "dense.npz"
     sigmas = emoji.Emoji().sigmas.tolist()
     if not file.exists():
@@ -151,9 +167,56 @@ def dense(args):
             small = dict(adherence=adherence.astype("float32"), variety=variety.astype("float32"))
             np.savez_compressed(f, keys=np.array(list(cells)), rows=rows, **small)
     with np.load(file) as told:
-        values = zip(told["rows"], told["variety"].mean(1), told["adherence"].mean(1), strict=True)
-        cells = {(int(a), int(b), w): tuple(map(float, v)) for (a, b, w), v in zip(told["keys"], values, strict=True)}
-        return Truth(cells, sigmas), told["adherence"].size * SEEDS
+        keys, rows, adherence, variety = (told[k] for k in ("keys", "rows", "adherence", "variety"))
+    keys = [(int(a), int(b), float(w)) for a, b, w in keys]
+    values = zip(rows, variety.mean(1), adherence.mean(1), strict=True)
+    cells = {k: tuple(map(float, v)) for k, v in zip(keys, values, strict=True)}
+    base = keys.index((0, len(sigmas) - 1, emoji.Emoji.weight))
+    errors = (adherence - adherence[base]).std(1, ddof=1) / math.sqrt(adherence.shape[1])
+    refined = refine(args, Truth(cells, sigmas), dict(zip(keys, errors, strict=True)))
+    cells |= {key: told[:3] for key, told in refined.items()}
+    images = (adherence.size + len(refined) * args.refine * adherence.shape[1] // args.dense) * SEEDS
+    made = f"dense sweep: {images:,} images, {len(cells):,} settings, {len(refined)} of them rendered again or between"
+    return Truth(cells, sigmas), made, {key: told[3] for key, told in refined.items()}
+
+
+def refine(args, truth, errors):
+    """`{key: (rows, variety, adherence, standard error of its difference)}` of the cells that may be among the best
+    within the bound, if the dense sweep is wrong by three standard errors."""
+    folder, sigmas = args.out / "refined", truth.sigmas.tolist()
+    rows, variety, adherence = truth.baseline
+    least = NEAR * truth.area(truth.settings())
+    near = [
+        key
+        for key, (r, v, a) in truth.cells.items()
+        if max(rows - r, 0) * max(v - variety, 0) >= least
+        and a - adherence + 3 * errors[key] >= -emoji.EmojiJudge.margin
+    ]
+    baseline = (0, len(sigmas) - 1, emoji.Emoji.weight)
+    wanted = {baseline, *near}
+    for first, last, weight in near:  # And between.
+        at = WEIGHTS.index(weight)
+        wanted |= {
+            (first, last, round(math.sqrt(weight * w), 3)) for w in WEIGHTS[max(at - 1, 0) : at + 2] if w != weight
+        }
+    files = {k: folder / f"{k[0]}-{k[1]}-{k[2]:g}.npy" for k in sorted(wanted)}
+    tasks = {
+        k: (("refined", str(k)), measure_densely, steps_setting(sigmas, *k), args.refine, args.classes, args.dense)
+        for k, file in files.items()
+        if not file.exists()
+    }
+    folder.mkdir(exist_ok=True)
+    for key, (_, *blocks) in run_all(tasks, args, "those that may be the best"):
+        with atomic_path(files[key]) as tmp, tmp.open("wb") as f:
+            np.save(f, np.stack(blocks).astype("float32"))
+    found = {k: np.load(file).astype("float64") for k, file in files.items()}
+
+    def told(key):
+        change = found[key][0] - found[baseline][0]
+        rows, (adherence, variety) = steps_setting(sigmas, *key).rows(truth.sigmas), found[key].mean(1)
+        return rows, variety, adherence, change.std(ddof=1) / math.sqrt(len(change))
+
+    return {k: tuple(map(float, told(k))) for k in found}
 
 
 def studies(args):
@@ -171,8 +234,8 @@ def studies(args):
     return known
 
 
-def search_table(args, truth, dense_images, found):
-    whole = truth.area([steps_setting(truth.sigmas.tolist(), *k) for k in truth.cells if k != CONDITIONAL_CELL])
+def search_table(args, truth, made, errors, found):
+    whole = truth.area(truth.settings())
     head = ["search", "images", "tried", "front", "tried >= 95 %", "front >= 95 %"]
     body, detail = [], {}
     for name in args.samplers:
@@ -187,11 +250,26 @@ def search_table(args, truth, dense_images, found):
             name, f"{np.mean(images):,.0f}", f"{np.mean(tried):.1%}", f"{np.mean(front):.1%}",
             f"{sum(t >= 0.95 for t in tried)} of {args.seeds}", f"{sum(t >= 0.95 for t in front)} of {args.seeds}",
         ])  # fmt: skip
-    text = f"{aligned(head, body)}\n\n- dense sweep: {dense_images:,} images, {len(truth.cells):,} settings"
+    text = f"{aligned(head, body)}\n\n- {made}\n- {best_of(truth, errors)}"
     for name, d in detail.items():
         by_seed = {what: " ".join(f"{t:.3f}" for t in d[what]) for what in ("tried", "front")}
         text += f"\n- {name}, tried by seed: {by_seed['tried']}; front: {by_seed['front']}"
     return text
+
+
+def best_of(truth, errors):
+    """What the front of the dense sweep is, by name."""
+    rows, variety, adherence = truth.baseline
+    within = {k: v for k, v in truth.cells.items() if v[2] >= adherence - emoji.EmojiJudge.margin}
+    keys = list(within)
+    front = [keys[i] for i in objectives.front([(r, -v) for r, v, _ in within.values()])]
+    told = [
+        f"steps {a + 1} to {b + 1} at {w:g} ({within[a, b, w][0]:g} rows, variety {within[a, b, w][1] - variety:+.3f}, "
+        f"adherence {within[a, b, w][2] - adherence:+.2f}, standard error {errors.get((a, b, w), math.nan):.2f})"
+        for a, b, w in front
+        if within[a, b, w][0] < rows and within[a, b, w][1] > variety
+    ]
+    return f"its best within the bound: {'; '.join(told)}"
 
 
 def coverage_table(args, found):
@@ -226,6 +304,7 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes on each device")
     parser.add_argument("--out", type=Path, default=Path("out/tune-quality"))
     parser.add_argument("--dense", type=int, default=2, help="blocks of each prompt in a cell of the dense sweep")
+    parser.add_argument("--refine", type=int, default=32, help="the same, in the cells that may be the best")
     parser.add_argument("--groups", type=int, default=8, help="the same, for the true values of what was confirmed")
     parser.add_argument("--classes", type=int, help="of so many prompts only: a try")
     parser.add_argument("--trials", type=int, default=60)
@@ -236,7 +315,7 @@ def main():
     args = parser.parse_args()
     args.studies = max(args.studies, args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
-    truth, images = dense(args)
+    truth, made, errors = dense(args)
     found = studies(args)
     text = (
         "# The tuner against a dense sweep\n\n"
@@ -245,7 +324,7 @@ def main():
         "those on its front, have by their true values, on the mean of the seeds. *Held*: confirmed 95 % intervals "
         "with the true value in them. *Bias*: how much too high the value of a confirmed setting was, on the mean.\n\n"
     )
-    text += search_table(args, truth, images, found)
+    text += search_table(args, truth, made, errors, found)
     print(text, flush=True)
     text += "\n\n" + (covered := coverage_table(args, found))
     print(covered)

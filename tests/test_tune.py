@@ -216,6 +216,22 @@ def test_what_is_suggested_is_an_interval_and_short_to_write(levels):
 # The search.
 
 
+def test_the_sampler_searches_beyond_the_bound_and_the_front_stays_within(tmp_path):
+    search = make_search(tmp_path, trials=20)
+    complete = search.run()
+    margin, baseline = search.goal.margin, search.measured(study.BASELINE)
+    for trial in complete:
+        *values, within = trial.values
+        beyond = trial.user_attrs["beyond"]
+        assert beyond == objectives.violation(search.goal, trial.user_attrs["measured"], baseline)
+        assert within == min(-beyond, 2 * margin) and trial.constraints == {"adherence": beyond - 2 * margin}
+        assert len(values) == len(search.losses(trial)) == 2
+    known = [t for t in complete if t.number != search.complete(study.BASELINE).number]
+    assert any(0 < t.user_attrs["beyond"] <= 2 * margin for t in known)  # Searched, and not on the front.
+    assert all(t.user_attrs["beyond"] <= 0 for t in search.front())
+    assert all(t.user_attrs["beyond"] <= 0 for *_, t in confirm.choose(search, 1))
+
+
 def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(tmp_path):
     search = make_search(tmp_path)
     complete = search.run()
@@ -226,7 +242,7 @@ def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(
     assert [objectives.num_blocks(t.user_attrs["measured"]) for t in complete[:2]] == [8, 8]
     assert {objectives.num_blocks(t.user_attrs["measured"]) for t in complete[2:]} == {2, 4}  # Some were stopped early.
     front = search.front()
-    assert front and all(max(t.constraints.values()) <= 0 for t in front)
+    assert front and all(t.user_attrs["beyond"] <= 0 for t in front)
     rendered = len(search.backend.jobs)
     assert rendered == len(set(search.backend.jobs)) == len(list((tmp_path / "out" / "images").glob("*/*.png")))
     make_search(tmp_path).run()  # Once more: all is there.

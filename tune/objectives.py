@@ -171,7 +171,8 @@ class Goal:
 
     @property
     def directions(self):
-        return ["minimize"] * len(self.minimize) + ["maximize"] * len(self.maximize)
+        """Of what a sampler is told: the keys, and how far within the bound a setting is (`near_bound`)."""
+        return ["minimize"] * len(self.minimize) + ["maximize"] * (len(self.maximize) + 1)
 
     def signs(self):
         """By which values become losses."""
@@ -202,6 +203,20 @@ def goal(judge, rows=True):
 def violation(goal, measured, baseline):
     """How far a setting is beyond the bound, by its best estimate: above 0 it is."""
     return -goal.margin - difference(measured, baseline, goal.bound)[0]
+
+
+WINDOW = 2  # Margins to either side of the bound, in which the search looks.
+
+
+def near_bound(goal, beyond):
+    """`(objective, constraint)` by which a sampler is told of the bound, of a setting that is `beyond` it by so much.
+
+    A few images leave open where the bound lies. A sampler that takes it for exact searches along the wrong line, all
+    settings having the same prompts and seeds, and the same luck. So what is a little beyond is searched too, and being
+    within is worth something of its own, up to a point.
+    """
+    reach = WINDOW * goal.margin
+    return min(-beyond, reach), beyond - reach
 
 
 def chance(goal, measured, baseline):

@@ -236,7 +236,7 @@ class Search:
         seed = plan.seed if created else int.from_bytes(os.urandom(4), "little")
         self.study.sampler = SAMPLERS[sampler](seed)
         self._check_identity()
-        self.study.set_metric_names(list(self.goal.keys))
+        self.study.set_metric_names([*self.goal.keys, f"{self.goal.bound} within the bound"])
         self._recover()
         if not created:
             self._await_first()
@@ -254,6 +254,7 @@ class Search:
             "prompts": _digest(prompts),
             "judge": self.judge.identity,
             "objective": str(self.goal),
+            "objectives": len(self.goal.directions),
             **self.backend.identity,
         }
 
@@ -423,8 +424,11 @@ class Search:
             if label is None and self._is_lost(trial, measured, baseline, self.front()):
                 break
         trial.set_user_attr("measured", measured)
-        trial.set_constraint(self.goal.bound, objectives.violation(self.goal, measured, baseline))
-        return [objectives.value(measured, baseline, key)[0] for key in self.goal.keys]
+        beyond = objectives.violation(self.goal, measured, baseline)
+        trial.set_user_attr("beyond", beyond)
+        within, constraint = objectives.near_bound(self.goal, beyond)
+        trial.set_constraint(self.goal.bound, constraint)
+        return [*(objectives.value(measured, baseline, key)[0] for key in self.goal.keys), within]
 
     @property
     def all_stages(self):
@@ -490,12 +494,12 @@ class Search:
 
     def front(self):
         """The results that no other one beats, of those within the bound; by cost."""
-        trials = [t for t in self.results() if max(t.constraints.values()) <= 0]
+        trials = [t for t in self.results() if t.user_attrs["beyond"] <= 0]
         kept = objectives.front([self.losses(t) for t in trials])
         return sorted((trials[i] for i in kept), key=self.losses)
 
     def losses(self, trial):
-        return tuple(s * v for s, v in zip(self.goal.signs(), trial.values, strict=True))
+        return tuple(s * v for s, v in zip(self.goal.signs(), values_of(trial, self.goal), strict=True))
 
     def render(self, setting, blocks, folder):
         """What the blocks of a setting measure; images that the folder has are not rendered again."""
@@ -531,6 +535,11 @@ def _is_void(trial):
 def _goes_on(trial):
     """Whether it is a race that goes on, or that was refused: it is not to be queued again."""
     return "again" in trial.user_attrs and trial.state != TrialState.COMPLETE and not _is_void(trial)
+
+
+def values_of(trial, goal):
+    """Those of the goal's keys; what follows them is for the sampler (`objectives.near_bound`)."""
+    return trial.values[: len(goal.keys)]
 
 
 def _blocks_of(trial):
