@@ -216,6 +216,17 @@ def test_what_is_suggested_is_an_interval_and_short_to_write(levels):
 # The search.
 
 
+def test_so_probable_as_is_said_a_setting_is_within_the_bound():
+    draw = np.random.default_rng(0)
+    goal = objectives.Goal(("rows",), ("variety",), "adherence", 5.0)
+    baseline = {"adherence": [0.0] * 16}
+    within = [  # The true difference is the bound itself: at that probability it is not taken to be within.
+        [objectives.violation(goal, measured, baseline, p) <= 0 for p in (0.5, objectives.LIKELY)]
+        for measured in ({"adherence": draw.normal(-5, 10, 16).tolist()} for _ in range(400))
+    ]
+    assert np.mean(within, axis=0) == pytest.approx([0.5, 1 - objectives.LIKELY], abs=0.06)
+
+
 def test_the_sampler_searches_beyond_the_bound_and_the_front_stays_within(tmp_path):
     search = make_search(tmp_path, trials=20)
     complete = search.run()
@@ -223,8 +234,12 @@ def test_the_sampler_searches_beyond_the_bound_and_the_front_stays_within(tmp_pa
     for trial in complete:
         *values, within = trial.values
         beyond = trial.user_attrs["beyond"]
-        assert beyond == objectives.violation(search.goal, trial.user_attrs["measured"], baseline)
-        assert within == min(-beyond, 2 * margin) and trial.constraints == {"adherence": beyond - 2 * margin}
+        best, cautious = (
+            objectives.violation(search.goal, trial.user_attrs["measured"], baseline, p)
+            for p in (0.5, objectives.LIKELY)
+        )
+        assert beyond == cautious >= best
+        assert within == min(-best, 2 * margin) and trial.constraints == {"adherence": best - 2 * margin}
         assert len(values) == len(search.losses(trial)) == 2
     known = [t for t in complete if t.number != search.complete(study.BASELINE).number]
     assert any(0 < t.user_attrs["beyond"] <= 2 * margin for t in known)  # Searched, and not on the front.

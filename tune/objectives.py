@@ -200,9 +200,20 @@ def goal(judge, rows=True):
     return Goal((cost, "distance"), (), "adherence", judge.margin)
 
 
-def violation(goal, measured, baseline):
-    """How far a setting is beyond the bound, by its best estimate: above 0 it is."""
-    return -goal.margin - difference(measured, baseline, goal.bound)[0]
+LIKELY = 0.75  # So probable it is that a setting of the front is within the bound: its best estimate is a lucky one.
+
+
+def _of_bound(goal, measured, baseline):
+    """`(how far a setting is beyond the bound, standard error)`; 0 where one block alone tells nothing of it."""
+    mean, low, high = difference(measured, baseline, goal.bound)
+    error = (high - low) / (2 * stats.norm.ppf(0.975))
+    return -goal.margin - mean, error if error < math.inf else 0.0
+
+
+def violation(goal, measured, baseline, likely=0.5):
+    """How far a setting is beyond the bound, or less, with a probability of `likely`: above 0 it is."""
+    beyond, error = _of_bound(goal, measured, baseline)
+    return beyond + stats.norm.ppf(likely) * error
 
 
 WINDOW = 2  # Margins to either side of the bound, in which the search looks.
@@ -221,8 +232,8 @@ def near_bound(goal, beyond):
 
 def chance(goal, measured, baseline):
     """The probability that a setting is within the bound, by the interval of its difference."""
-    mean, low, high = difference(measured, baseline, goal.bound)
-    return float(stats.norm.cdf(mean + goal.margin, scale=max((high - low) / (2 * stats.norm.ppf(0.975)), 1e-12)))
+    beyond, error = _of_bound(goal, measured, baseline)
+    return float(stats.norm.cdf(-beyond, scale=max(error, 1e-12)))
 
 
 def is_lost(goal, measured, baseline, rivals):

@@ -424,9 +424,9 @@ class Search:
             if label is None and self._is_lost(trial, measured, baseline, self.front()):
                 break
         trial.set_user_attr("measured", measured)
-        beyond = objectives.violation(self.goal, measured, baseline)
-        trial.set_user_attr("beyond", beyond)
-        within, constraint = objectives.near_bound(self.goal, beyond)
+        best, cautious = (objectives.violation(self.goal, measured, baseline, p) for p in (0.5, objectives.LIKELY))
+        trial.set_user_attr("beyond", cautious)
+        within, constraint = objectives.near_bound(self.goal, best)
         trial.set_constraint(self.goal.bound, constraint)
         return [*(objectives.value(measured, baseline, key)[0] for key in self.goal.keys), within]
 
