@@ -216,6 +216,12 @@ def test_what_is_suggested_is_an_interval_and_short_to_write(levels):
 # The search.
 
 
+@pytest.mark.parametrize("beyond, told", [(-99, 10), (-10, 10), (-3, 3), (0, 0), (10, -10), (99, -99)])
+def test_a_sampler_is_told_of_the_bound_up_to_two_margins_from_it(beyond, told):
+    goal = objectives.Goal(("rows",), ("variety",), "adherence", 5.0)
+    assert objectives.near_bound(goal, beyond) == (told, beyond - 10)
+
+
 def test_so_probable_as_is_said_a_setting_is_within_the_bound():
     draw = np.random.default_rng(0)
     goal = objectives.Goal(("rows",), ("variety",), "adherence", 5.0)
@@ -242,6 +248,9 @@ def test_the_sampler_searches_beyond_the_bound_and_the_front_stays_within(tmp_pa
         assert within == min(-best, 2 * margin) and trial.constraints == {"adherence": best - 2 * margin}
         assert len(values) == len(search.losses(trial)) == 2
     known = [t for t in complete if t.number != search.complete(study.BASELINE).number]
+    named = dict(zip(search.study.metric_names, search.study.directions, strict=True))
+    lower, higher = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
+    assert named == {"rows": lower, "variety": higher, "adherence within the bound": higher}
     assert any(0 < t.user_attrs["beyond"] <= 2 * margin for t in known)  # Searched, and not on the front.
     assert all(t.user_attrs["beyond"] <= 0 for t in search.front())
     assert all(t.user_attrs["beyond"] <= 0 for *_, t in confirm.choose(search, 1))
@@ -372,6 +381,13 @@ def test_another_study_of_the_same_name_is_refused(tmp_path, change, message):
     make_search(tmp_path)
     with pytest.raises(UserError, match=rf"the study 's' in this storage is another one, with .*{message}.*--name"):
         make_search(tmp_path, **change)
+
+
+def test_a_study_of_an_earlier_version_is_refused(tmp_path):
+    search = make_search(tmp_path)
+    search.study.set_user_attr("identity", {k: v for k, v in search.identity.items() if k != "objectives"})
+    with pytest.raises(UserError, match="with the search of an earlier version: choose another --name"):
+        make_search(tmp_path)
 
 
 def test_processes_share_a_study(tmp_path):

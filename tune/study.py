@@ -264,9 +264,10 @@ class Search:
             self.study.set_user_attr("identity", self.identity)
             return
         names = {"weight": "cfg", "images": "--images", "seed": "--seed"}
+        words = {"prompts": "other prompts", "objectives": "the search of an earlier version"}
         ours = self.identity
         differing = [
-            "other prompts" if k == "prompts" else f"{names.get(k, k)} {known.get(k)!r}, not {ours.get(k)!r}"
+            words.get(k) or f"{names.get(k, k)} {known.get(k)!r}, not {ours.get(k)!r}"
             for k in sorted({*known, *ours})
             if known.get(k) != ours.get(k)
         ]
