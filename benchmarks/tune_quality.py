@@ -38,7 +38,8 @@ WEIGHTS = [1.75, 2.1, 2.6, 3.2, 4.0, 4.9, 6.0, 7.3, 8.7, 10.0]
 FIRST_SEED = 2**32  # Of the dense sweep: none of a study's.
 BATCH = 1024
 NEAR = 0.4  # Of the dense sweep's area: what a setting that is rendered again has at least on its own.
-CONDITIONAL_CELL = (-1, -1, 1.0)  # Among the keys (first and last guided step, weight) of the dense sweep.
+# Keys (first and last guided step, weight) of the dense sweep.
+CONDITIONAL_CELL, BASELINE_CELL = (-1, -1, 1.0), (0, emoji.STEPS - 1, emoji.Emoji.weight)
 
 
 # ----------------------------------------------------------------------------
@@ -171,13 +172,17 @@ def dense(args):
     keys = [(int(a), int(b), float(w)) for a, b, w in keys]
     values = zip(rows, variety.mean(1), adherence.mean(1), strict=True)
     cells = {k: tuple(map(float, v)) for k, v in zip(keys, values, strict=True)}
-    base = keys.index((0, len(sigmas) - 1, emoji.Emoji.weight))
-    errors = (adherence - adherence[base]).std(1, ddof=1) / math.sqrt(adherence.shape[1])
+    errors = standard_error(adherence - adherence[keys.index(BASELINE_CELL)])
     refined = refine(args, Truth(cells, sigmas), dict(zip(keys, errors, strict=True)))
     cells |= {key: told[:3] for key, told in refined.items()}
     images = (adherence.size + len(refined) * args.refine * adherence.shape[1] // args.dense) * SEEDS
     made = f"dense sweep: {images:,} images, {len(cells):,} settings, {len(refined)} of them rendered again or between"
     return Truth(cells, sigmas), made, {key: told[3] for key, told in refined.items()}
+
+
+def standard_error(blocks):
+    """Of the means of [..., blocks]."""
+    return blocks.std(-1, ddof=1) / math.sqrt(blocks.shape[-1])
 
 
 def refine(args, truth, errors):
@@ -192,8 +197,7 @@ def refine(args, truth, errors):
         if max(rows - r, 0) * max(v - variety, 0) >= least
         and a - adherence + 3 * errors[key] >= -emoji.EmojiJudge.margin
     ]
-    baseline = (0, len(sigmas) - 1, emoji.Emoji.weight)
-    wanted = {baseline, *near}
+    wanted = {BASELINE_CELL, *near}
     for first, last, weight in near:  # And between.
         at = WEIGHTS.index(weight)
         wanted |= {
@@ -212,9 +216,8 @@ def refine(args, truth, errors):
     found = {k: np.load(file).astype("float64") for k, file in files.items()}
 
     def told(key):
-        change = found[key][0] - found[baseline][0]
         rows, (adherence, variety) = steps_setting(sigmas, *key).rows(truth.sigmas), found[key].mean(1)
-        return rows, variety, adherence, change.std(ddof=1) / math.sqrt(len(change))
+        return rows, variety, adherence, standard_error(found[key][0] - found[BASELINE_CELL][0])
 
     return {k: tuple(map(float, told(k))) for k in found}
 

@@ -200,7 +200,7 @@ def goal(judge, rows=True):
     return Goal((cost, "distance"), (), "adherence", judge.margin)
 
 
-LIKELY = 0.75  # So probable it is that a setting of the front is within the bound: its best estimate is a lucky one.
+LIKELY = 0.75  # With what probability a setting of the front is within the bound: its best estimate is a lucky one.
 
 
 def _of_bound(goal, measured, baseline):
@@ -211,7 +211,7 @@ def _of_bound(goal, measured, baseline):
 
 
 def violation(goal, measured, baseline, likely=0.5):
-    """How far a setting is beyond the bound, or less, with a probability of `likely`: above 0 it is."""
+    """How far a setting is beyond the bound at most, with a probability of `likely`; 0.5 is the best estimate."""
     beyond, error = _of_bound(goal, measured, baseline)
     return beyond + stats.norm.ppf(likely) * error
 
