@@ -24,7 +24,7 @@ from guidance_interval import cli, presets
 from guidance_interval.a1111 import settings as a1111_settings
 from guidance_interval.errors import UserError
 from guidance_interval.measure.metrics import cmmd
-from guidance_interval.tune import clip, command, confirm, objectives, study, webui, workflow
+from guidance_interval.tune import clip, command, confirm, objectives, sampler, study, webui, workflow
 from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Rendered, Setting, everywhere
 from guidance_interval.tune.images import Folder
 from guidance_interval.tune.objectives import SEEDS
@@ -132,10 +132,15 @@ def test_intervals_of_few_blocks_cover(blocks):
     assert 0.92 <= held / 300 <= 0.98
 
 
-def measured(adherence, saturation=None):
+def measured(adherence, saturation=None, first=0):
     blocks = len(adherence)
-    return {"adherence": adherence, "variety": [1.0] * blocks, "seconds": [1.0] * blocks,
-            "saturation": saturation or [0.0] * blocks * SEEDS}  # fmt: skip
+    return {
+        "blocks": [*range(first, first + blocks)],
+        "adherence": adherence,
+        "variety": [1.0] * blocks,
+        "seconds": [1.0] * blocks,
+        "saturation": saturation or [0.0] * blocks * SEEDS,
+    }
 
 
 def test_a_setting_with_fewer_blocks_counts_as_if_it_had_the_baselines():
@@ -145,10 +150,26 @@ def test_a_setting_with_fewer_blocks_counts_as_if_it_had_the_baselines():
     assert objectives.value(baseline, baseline, "adherence")[0] == 30
 
 
+def test_settings_are_compared_over_the_blocks_that_both_have():
+    baseline, ours = measured([10.0, 20.0, 60.0, 80.0]), measured([21.0, 62.0], first=1)
+    assert objectives.paired(ours, baseline, "adherence").tolist() == [1.0, 2.0]
+    assert objectives.value(ours, baseline, "adherence")[0] == 42.5 + 1.5
+    other = measured([66.0, 80.0], first=2)
+    assert objectives.paired(other, ours, "adherence").tolist() == [4.0]
+    assert objectives.difference(measured([1.0], first=3), ours, "adherence") is None
+    back = {**measured([80.0, 10.0]), "blocks": [3, 0]}  # From the end on to the beginning.
+    assert objectives.paired(back, baseline, "adherence").tolist() == [0.0, 0.0]
+
+
 def test_colour_drift_is_the_distance_to_conditional_only():
     ours, conditional = measured([1.0], [5.0, 1.0, 3.0, 3.0]), measured([1.0], [3.0, 3.0, 3.0, 3.0])
     assert objectives.value(ours, ours, "drift", conditional)[0] == 1.0
     assert objectives.value(ours, ours, "drift") is None
+    two = measured([1.0, 1.0], [9.0] * 4 + [5.0, 1.0, 3.0, 3.0])
+    only = {**conditional, "blocks": [1]}  # Conditional only has a part of the blocks.
+    assert objectives.contributions(two, "drift", objectives.known(two, "drift", only), only).tolist() == [1.0]
+    assert objectives.value(two, two, "drift", only)[0] == 1.0
+    assert objectives.value(ours, two, "drift", only) is None  # None of its blocks.
 
 
 def test_a_distance_is_compared_at_equal_numbers_of_images():
@@ -156,12 +177,14 @@ def test_a_distance_is_compared_at_equal_numbers_of_images():
     images = [Image.fromarray(p.numpy()) for p in torch.randint(0, 255, [16, 4, 4, 3], generator=generator).byte()]
     reference = torch.randn(50, 2, generator=generator, dtype=torch.float64)
     judge = Eye(reference)
-    found = objectives.measure(judge, images, [""] * 16, [1.0] * 16, [1.0] * 16, [2, 4])
-    for blocks in (2, 4):
-        features, _ = judge.measure(images[: blocks * SEEDS], None)
-        contributed = objectives.contributions(found, "distance", blocks)
+    parts = [(5, 6), (6, 7), (7, 5)]
+    found = objectives.measure(judge, images, [""] * 16, [1.0] * 16, [1.0] * 16, [4, 5, 6, 7], [*parts, (7, 8)])
+    for part in [*parts, (4, 5, 6, 7)]:
+        features, _ = judge.measure([images[(b - 4) * SEEDS + k] for b in part for k in range(SEEDS)], None)
+        contributed = objectives.contributions(found, "distance", part)
         torch.testing.assert_close(contributed.mean(), cmmd(features, reference))
-    assert objectives.contributions(found, "distance", 3) is None
+    assert objectives.contributions(found, "distance", (4, 5)) is None
+    assert len(found["distance"]) == 4  # (7, 8) was not rendered.
 
 
 def test_a_trial_is_lost_when_its_intervals_say_so_and_not_before():
@@ -190,9 +213,20 @@ def test_the_confirmation_has_prompts_and_seeds_that_the_search_never_saw():
     searched, confirmed = ([(b.text, s) for b in part for s in b.seeds] for part in (plan.search, plan.confirm))
     assert not {p for p, _ in searched} & {p for p, _ in confirmed} and plan.fresh_prompts
     seeds = [s for _, s in searched + confirmed]
-    assert len(set(seeds)) == len(seeds) == 2 * 32 + 64 and max(seeds) < 2**32
+    assert len(set(seeds)) == len(seeds) == study.MORE * 32 + 64 and max(seeds) < 2**32
     assert plan == study.make_plan("s", PROMPTS, 10, 32, 0) != study.make_plan("s", PROMPTS, 10, 32, 1)
-    assert plan.stages == (4, 8)
+    assert (plan.stages, plan.share) == ((4,), 8)
+    assert study.make_plan("s", PROMPTS, 10, 64, 0).stages == (4, 8)
+    assert study.make_plan("s", PROMPTS, 10, 8, 0).stages == (2,)
+    assert plan.all_stages == (4, 8, 16, 32)
+    turns = [plan.part(turn, 4) for turn in range(plan.turns)]
+    assert sorted(b for part in turns for b in part) == [*range(32)]  # No two trials in a row have the same ones.
+    assert plan.part(7, 8) == (28, 29, 30, 31, 0, 1, 2, 3) and plan.part(7, 8) in plan.parts
+    odd = study.make_plan("s", PROMPTS, 10, 60, 0)
+    assert (odd.share, odd.stages, odd.turns, odd.all_stages[-1]) == (15, (4, 8), 8, 60)
+    assert plan.most == 10 * 8 and study.make_plan("s", PROMPTS, 3, 32, 0).most == 32 + 32 + 4
+    for one in (plan, odd):
+        assert all(set(one.of_all_turns) & set(part) for part in one.parts)
     few = study.make_plan("s", PROMPTS[:3], 10, 32, 0)
     assert not few.fresh_prompts and {b.text for b in few.search} == set(PROMPTS[:3])
     assert len({(b.prompt, b.first) for b in few.search}) == len(few.search)
@@ -213,13 +247,83 @@ def test_what_is_suggested_is_an_interval_and_short_to_write(levels):
 
 
 # ----------------------------------------------------------------------------
+# The sampler.
+
+
+@pytest.mark.parametrize("points", grids)
+def test_what_a_candidate_adds_is_the_difference_of_the_areas(points):
+    candidates = [(a + 0.5, b - 0.5) for a, b in itertools.product(range(-1, 7), repeat=2)]
+    added = sampler.gains(np.array(points, dtype=float), np.array(candidates), (5.0, 5.0))
+    before = objectives.hypervolume(points, (5, 5))
+    expected = [objectives.hypervolume([*points, c], (5, 5)) - before for c in candidates]
+    np.testing.assert_allclose(added, expected, atol=1e-12)
+    assert sampler.gains(np.zeros((0, 2)), np.array([[1.0, 2.0]]), (5.0, 5.0)) == [12.0]
+
+
+def test_settings_are_alike_that_guide_the_same_steps():
+    ranges, sigmas = study.space(Painter()), Painter.sigmas
+
+    def at(lo, hi, weight, known=sigmas):
+        return sampler.coordinates(Setting(lo, hi, weight), ranges, known)
+
+    assert (
+        at(0.15, 1.5, 4.0)
+        == at(0.18, 1.9, 4.0)
+        == [3 / 7, 6 / 7, pytest.approx(math.log(4 / 1.75) / math.log(10 / 1.75))]
+    )
+    assert at(0.0, math.inf, 10.0) == [0, 1, pytest.approx(1)]
+    assert at(6.0, 7.0, 4.0) == at(1.2, 1.3, 9.0) == sampler.coordinates(study.CONDITIONAL, ranges, sigmas)
+    assert at(0.15, 1.5, 4.0, None) != at(0.18, 1.9, 4.0, None)  # Where nobody tells the steps.
+    assert at(0.0, math.inf, 1.75, None) == [0, 1, pytest.approx(0)]
+    assert all(0 <= v <= 1 for v in at(0.15, 1.5, 4.0, None))
+
+
+def test_the_next_setting_is_at_the_bound_that_many_noisy_trials_tell():
+    """Adherence is 2 (weight - 4) below CFG's 0 at -3, and a lower weight is more variety: 2.5 is at the bound."""
+    draw, steps, ranges = (
+        np.random.default_rng(0),
+        4,
+        {"sigma_lo": (0.1, 3.0), "sigma_hi": (1.0, 10.0), "weight": (1.0, 8.0)},
+    )
+    goal = objectives.Goal(("rows",), ("variety",), "adherence", 3.0)
+    baseline = {"adherence": [0.0] * 64, "variety": [0.0] * 64, "rows": [2.0 * steps] * 64}
+    sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0])
+
+    def rendered(setting, first):
+        truth = {"adherence": 2 * (setting.weight - 4), "variety": 0.4 * (4 - setting.weight)}
+        noisy = {k: (v + draw.normal(0, s, 16)).tolist() for (k, v), s in zip(truth.items(), (6, 0.5), strict=True)}
+        return {**noisy, "blocks": [*range(first, first + 16)], "rows": [setting.rows(sigmas)] * 16}
+
+    settings = [Setting(0.5, 3.0, w) for w in draw.uniform(1, 8, 40).round(2)]
+    done = [(everywhere(4.0), baseline), *((s, rendered(s, 16 * (i % 4))) for i, s in enumerate(settings))]
+    candidates = [Setting(0.5, 3.0, w) for w in np.linspace(1.05, 7.95, 70)] + [Setting(0.5, math.inf, 2.5)] * 5
+    chosen = [
+        candidates[sampler.choose(goal, baseline, done, [], candidates, ranges, sigmas, np.random.default_rng(seed))]
+        for seed in range(5)
+    ]
+    assert all(1.5 < s.weight < 3.5 and s.sigma_hi == 3.0 for s in chosen)
+    # What runs counts as done: elsewhere then.
+    first = sampler.choose(goal, baseline, done, [], candidates, ranges, sigmas, np.random.default_rng(0))
+    busy = [candidates[first]] * 3
+    assert (
+        candidates[sampler.choose(goal, baseline, done, busy, candidates, ranges, sigmas, np.random.default_rng(0))]
+        != busy[0]
+    )
+    worse = [everywhere(4.0), Setting(0.0, math.inf, 8.0)]
+    assert sampler.choose(goal, baseline, done, [], worse, ranges, sigmas, np.random.default_rng(0)) is None
+
+
+def test_the_luck_that_all_share_moves_all_together():
+    x = np.linspace(0, 1, 6)[:, None].repeat(3, 1)
+    process = sampler.fit(x, [np.zeros(4), *np.random.default_rng(0).normal(0, 1, (5, 4))])
+    alone, together = (sampler.draw(process, x[:2], luck, np.random.default_rng(0)) for luck in (0.0, 9.0))
+    assert alone[:, 0].std() < 0.05  # The baseline's difference to itself is known.
+    moved = together - alone
+    assert np.allclose(moved[:, 0], moved[:, 1]) and moved.std() == pytest.approx(9, rel=0.1)
+
+
+# ----------------------------------------------------------------------------
 # The search.
-
-
-@pytest.mark.parametrize("beyond, told", [(-99, 10), (-10, 10), (-3, 3), (0, 0), (10, -10), (99, -99)])
-def test_a_sampler_is_told_of_the_bound_up_to_two_margins_from_it(beyond, told):
-    goal = objectives.Goal(("rows",), ("variety",), "adherence", 5.0)
-    assert objectives.near_bound(goal, beyond) == (told, beyond - 10)
 
 
 def test_so_probable_as_is_said_a_setting_is_within_the_bound():
@@ -233,27 +337,40 @@ def test_so_probable_as_is_said_a_setting_is_within_the_bound():
     assert np.mean(within, axis=0) == pytest.approx([0.5, 1 - objectives.LIKELY], abs=0.06)
 
 
-def test_the_sampler_searches_beyond_the_bound_and_the_front_stays_within(tmp_path):
+def test_the_search_goes_beyond_the_bound_and_the_front_stays_within(tmp_path):
     search = make_search(tmp_path, trials=20)
-    complete = search.run()
-    margin, baseline = search.goal.margin, search.measured(study.BASELINE)
+    complete, baseline = search.run(), search.measured(study.BASELINE)
     for trial in complete:
-        *values, within = trial.values
         beyond = trial.user_attrs["beyond"]
         best, cautious = (
             objectives.violation(search.goal, trial.user_attrs["measured"], baseline, p)
             for p in (0.5, objectives.LIKELY)
         )
-        assert beyond == cautious >= best
-        assert within == min(-best, 2 * margin) and trial.constraints == {"adherence": best - 2 * margin}
-        assert len(values) == len(search.losses(trial)) == 2
-    known = [t for t in complete if t.number != search.complete(study.BASELINE).number]
+        assert beyond == cautious >= best and trial.constraints == {"adherence": best}
+        assert len(trial.values) == len(search.losses(trial)) == 2
     named = dict(zip(search.study.metric_names, search.study.directions, strict=True))
-    lower, higher = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
-    assert named == {"rows": lower, "variety": higher, "adherence within the bound": higher}
-    assert any(0 < t.user_attrs["beyond"] <= 2 * margin for t in known)  # Searched, and not on the front.
+    assert named == {"rows": optuna.study.StudyDirection.MINIMIZE, "variety": optuna.study.StudyDirection.MAXIMIZE}
+    assert any(t.user_attrs["beyond"] > 0 for t in complete[3:])
     assert all(t.user_attrs["beyond"] <= 0 for t in search.front())
     assert all(t.user_attrs["beyond"] <= 0 for *_, t in confirm.choose(search, 1))
+
+
+def test_each_trial_has_its_turn_of_the_baselines_blocks(tmp_path):
+    search = make_search(tmp_path, trials=20)
+    found, plan = search.run(), search.plan
+    base, conditional = (search.measured(label) for label in (study.BASELINE, study.CONDITIONAL_LABEL))
+    assert base["blocks"] == [*range(16)] and conditional["blocks"] == [*range(16)]
+    rest = [t for t in found if t.user_attrs.get("label") not in (study.BASELINE, study.CONDITIONAL_LABEL)]
+    assert {t.user_attrs["measured"]["blocks"][0] for t in rest} == {*range(0, 16, 2)}
+    for trial in rest:
+        measured = trial.user_attrs["measured"]
+        blocks = measured["blocks"]
+        assert tuple(blocks) == plan.part(trial.user_attrs["turn"], len(blocks))
+        assert len(objectives.paired(measured, base, "adherence")) == len(blocks)
+        assert objectives.value(measured, base, "drift", conditional) is not None
+        setting = study.from_json(trial.user_attrs["setting"])
+        seeds = sorted(j.seed for j in search.backend.jobs if j.setting == setting)
+        assert seeds == sorted(seed for b in blocks for seed in plan.search[b].seeds)
 
 
 def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(tmp_path):
@@ -263,8 +380,10 @@ def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(
     assert labels[:3] == ["CFG as it was", "conditional only", "preset sdxl"] and len(complete) == 8
     assert settings_of(complete)[:2] == [(0.0, None, 4.0), (0.0, None, 1.0)]
     assert len(set(settings_of(complete))) == 8
-    assert [objectives.num_blocks(t.user_attrs["measured"]) for t in complete[:2]] == [8, 8]
-    assert {objectives.num_blocks(t.user_attrs["measured"]) for t in complete[2:]} == {2, 4}  # Some were stopped early.
+    assert [objectives.num_blocks(t.user_attrs["measured"]) for t in complete[:2]] == [16, 16]
+    assert {objectives.num_blocks(t.user_attrs["measured"]) for t in complete[2:]} == {
+        2
+    }  # Nothing is left to go on with.
     front = search.front()
     assert front and all(t.user_attrs["beyond"] <= 0 for t in front)
     rendered = len(search.backend.jobs)
@@ -283,14 +402,17 @@ def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_
     found = search.run()
     again = [t for t in search.trials() if "again" in t.user_attrs]
     assert again and len(found) == len(set(settings_of(found))) == 20  # They are none of the 20.
-    before = {tuple(t.user_attrs["setting"]): t for t in search.trials() if "again" not in t.user_attrs}
-    for trial in again:
-        first = before[tuple(trial.user_attrs["setting"])]
-        had, has = (objectives.num_blocks(t.user_attrs["measured"]) for t in (first, trial))
-        assert had == trial.user_attrs["again"] < has <= 8 and trial.params == first.params
-        assert trial in found and first not in found
-        assert trial.user_attrs["measured"]["adherence"][:had] == first.user_attrs["measured"]["adherence"]
-    assert any(objectives.num_blocks(t.user_attrs["measured"]) == 8 for t in again)
+    before = {}  # The last of each setting.
+    for trial in search.trials():
+        setting = tuple(trial.user_attrs["setting"])
+        if "again" in trial.user_attrs:
+            first = before[setting]
+            had, has = (objectives.num_blocks(t.user_attrs["measured"]) for t in (first, trial))
+            assert had == trial.user_attrs["again"] and has == 2 * had <= 16 and trial.params == first.params
+            assert first not in found
+            assert trial.user_attrs["measured"]["adherence"][:had] == first.user_attrs["measured"]["adherence"]
+        before[setting] = trial
+    assert again[0].number < max(t.number for t in found if "again" not in t.user_attrs)  # Not only at the end.
     assert len(search.backend.jobs) == len(set(search.backend.jobs)) <= 20 * 16  # No more than without races.
     assert [t["number"] for t in confirm._trials(search, [], None, None)] == sorted(t.number for t in found)
     resumed = make_search(tmp_path, trials=20)
@@ -310,20 +432,24 @@ def test_a_race_that_goes_on_survives_ctrl_c_and_is_run_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     assert [t.state for t in stopped.trials() if "again" in t.user_attrs] == [TrialState.FAIL]
+    known = len(stopped.results())
     again = make_search(tmp_path, None, 20, out="out2", storage=f"sqlite:///{tmp_path / 'two.db'}")
     for trial in [t for t in again.trials(TrialState.WAITING) if "again" in t.user_attrs]:
         again.study.enqueue_trial(trial.params, user_attrs=trial.user_attrs)  # Another process, in the same second.
     found = again.run()
-    assert settings_of(found) == settings_of(whole)
-    assert [t.user_attrs["measured"]["adherence"] for t in found] == [
-        t.user_attrs["measured"]["adherence"] for t in whole
+    assert settings_of(whole)[:known] == settings_of(found)[:known] and len(found) == 20
+    went_on = [
+        (*t.user_attrs["setting"], t.user_attrs["again"])
+        for t in again.trials(TrialState.COMPLETE)
+        if "again" in t.user_attrs
     ]
+    assert went_on and len(set(went_on)) == len(went_on)
     assert not set(stopped.backend.jobs) & set(again.backend.jobs)
 
 
 def test_a_race_that_is_refused_leaves_its_trial_as_it_was(tmp_path):
     def refuses(setting):
-        return any("again" in t.user_attrs for t in search.trials())
+        return any("again" in t.user_attrs for t in search.trials(TrialState.RUNNING))
 
     search = make_search(tmp_path, Painter(refuses=refuses), trials=20)
     found = search.run()
@@ -385,7 +511,7 @@ def test_another_study_of_the_same_name_is_refused(tmp_path, change, message):
 
 def test_a_study_of_an_earlier_version_is_refused(tmp_path):
     search = make_search(tmp_path)
-    search.study.set_user_attr("identity", {k: v for k, v in search.identity.items() if k != "objectives"})
+    search.study.set_user_attr("identity", {k: v for k, v in search.identity.items() if k != "search"})
     with pytest.raises(UserError, match="with the search of an earlier version: choose another --name"):
         make_search(tmp_path)
 
@@ -985,5 +1111,5 @@ def test_the_emoji_need_no_network_and_dry_run_renders_no_file(tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["tune", "--model", "emoji", "--dry-run", "--reference", "emoji"]) == 0
     out = capsys.readouterr().out
-    assert "least rows and distance" in out and re.search(r"at most 3,328 images, about \d+ (s|min) at", out)
+    assert "least rows and distance" in out and re.search(r"at most 3,200 images, about [\d.]+ (s|min|h) at", out)
     assert not list(tmp_path.iterdir())

@@ -89,7 +89,7 @@ def tune(
     save=None,
     language="en",
     dry_run=False,
-    sampler="tpe",
+    sampler="ehvi",
 ):
     """Search, confirm, write confirmed.json and report.html to `out`; returns what confirmed.json holds, or None.
 
@@ -113,7 +113,7 @@ def tune(
             if not _is_ours(search, view):
                 return None
             chosen = confirm.choose(search)
-            view.phase("confirming", (len(chosen) + 1) * plan.images[1])
+            view.phase("confirming", (len(chosen) + 1) * len(plan.confirm) * objectives.SEEDS)
             measured = confirm.confirm(search, out)
         found = confirm.report(search, out, measured)
         print(table(found), "", *findings(found), sep="\n")
@@ -187,9 +187,11 @@ def _save(found, name, which):
 
 
 def _describe(plan, backend, judge):
-    search, confirmed = plan.images
+    share, screened, raced, confirmed = (
+        n * objectives.SEEDS for n in (plan.share, plan.stages[0], plan.stages[-1], len(plan.confirm))
+    )
     goal = objectives.goal(judge, backend.sigmas is not None)
-    most = (plan.trials + 2 * (study.MORE - 1)) * search + 5 * confirmed
+    most = plan.most * objectives.SEEDS + 5 * confirmed
     lines = [*backend.describe(), f"goal: {goal}", ""]
     ranges, speed = study.space(backend), _speed(backend, plan)
     lines.append(
@@ -198,8 +200,8 @@ def _describe(plan, backend, judge):
     for label, setting, _ in study.first_trials(backend, ranges):
         lines.append(f"  first: {label}, {setting}")
     lines += [
-        f"  {plan.trials} trials of {plan.stages[0] * objectives.SEEDS} to {search} images; what lost ones save "
-        f"goes to those near the front, up to {study.MORE * search}",
+        f"  {plan.trials} trials of {screened} to {raced} images; the rest, to {share} each, goes to those that may be on "
+        f"the front, up to {study.MORE * share}",
         f"confirmation: the best three, the baseline and conditional only, {confirmed} images each, "
         + ("of prompts that the search does not see" if plan.fresh_prompts else
            f"of the same prompts with fresh seeds (with {study.AT_LEAST} prompts or more, half would be kept for it)"),

@@ -3,7 +3,7 @@
 Images come in blocks: one prompt and SEEDS seeds. A block is what is drawn, the images of a prompt being alike, so
 intervals resample blocks. Each metric is a mean over blocks of what they contribute: for a mean over images or pairs
 that of the block, for a distance, which is of all images at once, its value plus the influence of the block's images
-(`measure/metrics.py`). Two settings that rendered the same blocks are compared by the difference of contributions.
+(`measure/metrics.py`). Two settings are compared by the difference of contributions, over the blocks that both have.
 
 A judge (`emoji.EmojiJudge`, `clip.ClipJudge`) has
 - `adherence`, the name of its measure, with the `margin` that a setting may lose of it and `digits` to show;
@@ -48,35 +48,40 @@ def metrics(judge, rows=True):
     return found
 
 
-def measure(judge, images, prompts, rows, seconds, stages):
-    """What a setting's images give: `{metric: [block] or, for a distance, {stage: [block]}}`, JSON without more ado.
+def measure(judge, images, prompts, rows, seconds, blocks, parts=()):
+    """What a setting's images give: `{metric: [block] or, for a distance, {part: [block]}}`, JSON without more ado.
 
     images: PIL, block by block; prompts, rows, seconds: of each, where known (the first image of a server also loads
-    the model: it counts like the others' mean); stages: numbers of blocks at which the setting may be compared.
-    `saturation` is of each image, for the drift.
+    the model: it counts like the others' mean); blocks: their numbers; parts: the sequences of them over which a
+    distance may be compared, beside all. `saturation` is of each image, for the drift.
     """
     features, adherence = judge.measure(images, prompts)
     if not (features.isfinite().all() and adherence.isfinite().all()):
         raise ValueError("the features of an image are not finite")
     saturation = [pixel_statistics(np.asarray(image.convert("RGB")))[0].item() * 100 for image in images]
-    blocks = features.split(SEEDS)
     timed = [s for s in seconds if s is not None]
     mean = sum(timed) / len(timed) if timed else 0.0
     found = {
+        "blocks": list(blocks),
         "adherence": _means(adherence),
-        "variety": [mean_distance(block).item() if len(block) > 1 else 0.0 for block in blocks],
+        "variety": [mean_distance(block).item() if len(block) > 1 else 0.0 for block in features.split(SEEDS)],
         "seconds": _means([mean if s is None else s for s in seconds]),
         "saturation": saturation,
     }
     if None not in rows:
         found["rows"] = _means(rows)
     if judge.reference is not None:
+        at, grouped = {b: i for i, b in enumerate(blocks)}, features.unflatten(0, (-1, SEEDS))
         found["distance"] = {}
-        for stage in stages:
-            if stage <= len(blocks):
-                value, moved = judge.distance(features[: stage * SEEDS])
-                found["distance"][str(stage)] = [value.item() + m for m in _means(moved)]
+        for part in {tuple(blocks), *(p for p in map(tuple, parts) if set(p) <= set(at))}:
+            value, moved = judge.distance(grouped[[at[b] for b in part]].flatten(0, 1))
+            found["distance"][_name(part)] = [value.item() + m for m in _means(moved)]
     return found
+
+
+def _name(part):
+    """Of a sequence of blocks, in JSON."""
+    return ",".join(map(str, part))
 
 
 def _means(values):
@@ -87,21 +92,42 @@ def num_blocks(measured):
     return len(measured["adherence"])
 
 
-def contributions(measured, key, blocks, conditional=None):
-    """Float64 [blocks]: what the first blocks of `measured` contribute to a metric, or None where it is not known.
+def blocks_of(measured):
+    """The numbers of its blocks, in their order."""
+    return measured.get("blocks") or list(range(num_blocks(measured)))
 
-    conditional: what conditional only measured, which colour drift is against.
+
+def known(measured, key, conditional=None):
+    """Those of its blocks for which a metric can be known: colour drift is against conditional only, where that is."""
+    if key != "drift":
+        return blocks_of(measured)
+    both = set(blocks_of(conditional)) if conditional else set()
+    return [b for b in blocks_of(measured) if b in both]
+
+
+def contributions(measured, key, blocks, conditional=None):
+    """Float64 [blocks]: what these blocks of `measured` contribute to a metric, or None where it is not known.
+
+    conditional: what conditional only measured, for the drift.
     """
+    if not blocks:
+        return None
     if key == "drift":
-        if conditional is None:
-            return None
-        ours, theirs = (torch.tensor(m["saturation"][: blocks * SEEDS], dtype=torch.float64)
+        ours, theirs = (_of_blocks(m, np.reshape(m["saturation"], (-1, SEEDS)), blocks)
                         for m in (measured, conditional))  # fmt: skip
-        return torch.tensor(_means((ours - theirs).abs()), dtype=torch.float64) if len(ours) == len(theirs) else None
+        return (ours - theirs).abs().mean(1)
     values = measured.get(key)
     if key == "distance" and values is not None:
-        values = values.get(str(blocks))
-    return None if values is None or len(values) < blocks else torch.tensor(values[:blocks], dtype=torch.float64)
+        found = values.get(_name(blocks))
+        return None if found is None else torch.tensor(found, dtype=torch.float64)
+    return None if values is None else _of_blocks(measured, values, blocks)
+
+
+def _of_blocks(measured, values, blocks):
+    at = {b: i for i, b in enumerate(blocks_of(measured))}
+    if not set(blocks) <= set(at):
+        return None
+    return torch.as_tensor(np.asarray(values, dtype="float64")[[at[b] for b in blocks]])
 
 
 RACING = 0.8  # The level of a trial's race: a good one that is left early costs less than images for all bad ones.
@@ -122,11 +148,18 @@ def estimate(values, level=0.95):
     return [mean.item(), low, high]
 
 
-def difference(ours, theirs, key, conditional=None, level=0.95):
-    """`estimate` of ours minus theirs over the blocks that both have, or None where the metric is not known."""
-    blocks = min(map(num_blocks, (ours, theirs)))
+def paired(ours, theirs, key, conditional=None):
+    """Contributions of ours minus theirs [blocks that both have], or None where the metric is not known of them."""
+    both = set(known(theirs, key, conditional))
+    blocks = [b for b in known(ours, key, conditional) if b in both]
     a, b = (contributions(m, key, blocks, conditional) for m in (ours, theirs))
-    return None if a is None or b is None else estimate(a - b, level)
+    return None if a is None or b is None else a - b
+
+
+def difference(ours, theirs, key, conditional=None, level=0.95):
+    """`estimate` of `paired`, or None."""
+    change = paired(ours, theirs, key, conditional)
+    return None if change is None else estimate(change, level)
 
 
 def value(measured, baseline, key, conditional=None):
@@ -134,12 +167,12 @@ def value(measured, baseline, key, conditional=None):
 
     With fewer, its prompts may be easier ones: the value is the baseline's plus the paired difference.
     """
-    own = contributions(measured, key, num_blocks(measured), conditional)
+    own = contributions(measured, key, known(measured, key, conditional), conditional)
     if own is None:
         return None
     mean, low, high = estimate(own)
     if num_blocks(measured) < num_blocks(baseline):
-        everything = contributions(baseline, key, num_blocks(baseline), conditional)
+        everything = contributions(baseline, key, known(baseline, key, conditional), conditional)
         change = difference(measured, baseline, key, conditional)
         if everything is not None and change is not None:
             shift = everything.mean().item() + change[0] - mean
@@ -171,8 +204,8 @@ class Goal:
 
     @property
     def directions(self):
-        """Of what a sampler is told: the keys, and how far within the bound a setting is (`near_bound`)."""
-        return ["minimize"] * len(self.minimize) + ["maximize"] * (len(self.maximize) + 1)
+        """Of the keys."""
+        return ["minimize"] * len(self.minimize) + ["maximize"] * len(self.maximize)
 
     def signs(self):
         """By which values become losses."""
@@ -214,20 +247,6 @@ def violation(goal, measured, baseline, likely=0.5):
     """How far a setting is beyond the bound at most, with a probability of `likely`; 0.5 is the best estimate."""
     beyond, error = _of_bound(goal, measured, baseline)
     return beyond + stats.norm.ppf(likely) * error
-
-
-WINDOW = 2  # Margins to either side of the bound, in which the search looks.
-
-
-def near_bound(goal, beyond):
-    """`(objective, constraint)` by which a sampler is told of the bound, of a setting that is `beyond` it by so much.
-
-    A few images leave open where the bound lies. A sampler that takes it for exact searches along the wrong line, all
-    settings having the same prompts and seeds, and the same luck. So what is a little beyond is searched too, and being
-    within is worth something of its own, up to a point.
-    """
-    reach = WINDOW * goal.margin
-    return min(-beyond, reach), beyond - reach
 
 
 def chance(goal, measured, baseline):

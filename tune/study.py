@@ -5,8 +5,12 @@ no sign of life is failed and queued again by its heartbeat. A process's own tri
 which it has the sole use (`files.sole_use`): what still runs under that name when it starts was killed with it.
 
 Images are dear, so a trial races: it begins with a few blocks of images, and gets more while it may still be on the
-front, by intervals of paired differences. What lost races saved is spent at the end: trials that may still be on the
-front go on with theirs, until they have as many as the baseline, which has twice as many as the search gives a trial.
+front, by intervals of paired differences, up to half of its share. What is left of all shares goes at once to trials
+that may be on the front, until they have as many blocks as the baseline.
+
+The baseline has MORE shares, and trials take turns with its blocks. Each is compared with the baseline on the same
+prompts and seeds; were they the same for all trials, so would be their luck, and the whole search would have the bound
+in the wrong place.
 """
 
 import contextlib
@@ -29,17 +33,19 @@ from . import objectives
 from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
 from .images import Folder
 from .objectives import SEEDS
+from .sampler import STARTUP, IntervalSampler, to_setting
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
 BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl"
 OPEN = 100.0  # Above it there is hardly any image left: as good as no bound.
+VERSION = 3  # Of what trials hold: a study is not gone on with by another one.
 SURPLUS = "surplus: another process has it, or had begun the last one"
 
-# Of the three that were compared on the emoji model, benchmarks/tune_quality.py.
+# Those that are compared on the emoji model, benchmarks/tune_quality.py.
 SAMPLERS = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "ehvi": IntervalSampler,
+    "tpe": lambda _, seed: optuna.samplers.TPESampler(seed=seed, multivariate=True),
+    "random": lambda _, seed: optuna.samplers.RandomSampler(seed=seed),
 }
 
 
@@ -65,25 +71,54 @@ class Block:
 class Plan:
     """What a study does; the same for all that join it.
 
-    stages: numbers of blocks at which a trial is judged; search, confirm: Blocks, those of the search MORE times as
-    many as the last stage. fresh_prompts: whether those of the confirmation are others than those of the search.
+    share: of a trial, in blocks; stages: numbers of blocks at which its race is judged; search, confirm: Blocks, MORE
+    shares of them for the search. fresh_prompts: whether those of the confirmation are others than those of the search.
     """
 
     name: str
     trials: int
     seed: int
+    share: int
     stages: tuple
     search: tuple
     confirm: tuple
     fresh_prompts: bool
 
     @property
-    def images(self):
-        """Of a trial before races go on, at most, and of a setting in the confirmation."""
-        return self.stages[-1] * SEEDS, len(self.confirm) * SEEDS
+    def all_stages(self):
+        """With those of races that go on."""
+        found = list(self.stages)
+        while found[-1] < len(self.search):
+            found.append(min(2 * found[-1], len(self.search)))
+        return tuple(found)
+
+    @property
+    def turns(self):
+        """How many trials in a row have other blocks."""
+        return -(-len(self.search) // self.stages[-1])
+
+    def part(self, turn, count):
+        """The numbers of the first `count` blocks of a trial whose turn it is."""
+        return tuple((turn * self.stages[-1] + i) % len(self.search) for i in range(count))
+
+    @property
+    def of_all_turns(self):
+        """The first of every turn: conditional only has some in common with each trial, for the colour drift."""
+        return tuple(dict.fromkeys(b for turn in range(self.turns) for b in self.part(turn, self.stages[0])))
+
+    @property
+    def parts(self):
+        """Those over which two settings may be compared."""
+        return [self.of_all_turns, *(self.part(turn, n) for turn in range(self.turns) for n in self.all_stages)]
+
+    @property
+    def most(self):
+        """Blocks of the search at most: races go on only while the shares have room."""
+        first = len(self.search) + len(self.of_all_turns)
+        return max(self.trials * self.share, first + max(0, self.trials - 2) * self.stages[-1])
 
 
-MORE = 2  # Times the images of a trial: those of the baseline, and of a trial whose race went on to its end.
+MORE = 4  # Shares of the baseline, and of a trial whose race went on to its end.
 AT_LEAST = 8  # Prompts, from which on half of them are kept for the confirmation.
 
 
@@ -97,12 +132,13 @@ def make_plan(name, prompts, trials, images, seed, confirm_images=None, screen=1
     later = order[-min(confirmed, len(order) // 2) :] if fresh else order
     sooner = order[: len(order) - len(later)] if fresh else order
     first = draw.randrange(2**30)
-    stages, stage = [], max(1, screen // SEEDS)
-    while stage < blocks:
+    stage, last = max(1, screen // SEEDS), max(-(-blocks // 2), min(blocks, screen // SEEDS))
+    stages = []
+    while stage < last:
         stages.append(stage)
         stage *= 2
     return Plan(
-        name, trials, seed, (*stages, blocks), _blocks(sooner, MORE * blocks, first),
+        name, trials, seed, blocks, (*stages, last), _blocks(sooner, MORE * blocks, first),
         _blocks(later, confirmed, first + 2**30), fresh,
     )  # fmt: skip
 
@@ -133,10 +169,8 @@ def space(backend):
 
 
 def suggest(trial, ranges):
-    """The Setting of a trial, rounded to what is pasted: what is measured is what is told."""
-    values = {k: trial.suggest_float(k, low, high, log=True) for k, (low, high) in ranges.items()}
-    lo, hi = sorted(float(f"{values[k]:.3g}") for k in ("sigma_lo", "sigma_hi"))
-    return Setting(lo, hi if lo < hi else float(f"{1.05 * hi:.3g}"), float(f"{values['weight']:.3g}"))
+    """The Setting of a trial."""
+    return to_setting({k: trial.suggest_float(k, low, high, log=True) for k, (low, high) in ranges.items()})
 
 
 def first_trials(backend, ranges):
@@ -217,7 +251,7 @@ class Search:
     this name is another one's.
     """
 
-    def __init__(self, plan, backend, judge, storage, out, view, sampler="tpe"):
+    def __init__(self, plan, backend, judge, storage, out, view, sampler="ehvi"):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.plan, self.backend, self.judge, self.view = plan, backend, judge, view
@@ -234,9 +268,9 @@ class Search:
             self.study = optuna.load_study(storage=storage, study_name=plan.name)
         # One that goes on must not draw again what was drawn.
         seed = plan.seed if created else int.from_bytes(os.urandom(4), "little")
-        self.study.sampler = SAMPLERS[sampler](seed)
+        self.study.sampler = SAMPLERS[sampler](self, seed)
         self._check_identity()
-        self.study.set_metric_names([*self.goal.keys, f"{self.goal.bound} within the bound"])
+        self.study.set_metric_names(list(self.goal.keys))
         self._recover()
         if not created:
             self._await_first()
@@ -249,12 +283,12 @@ class Search:
         return {
             "source": self.backend.source,
             "weight": self.backend.weight,
-            "images": self.plan.images[0],
+            "images": self.plan.share * SEEDS,
             "seed": self.plan.seed,
             "prompts": _digest(prompts),
             "judge": self.judge.identity,
             "objective": str(self.goal),
-            "objectives": len(self.goal.directions),
+            "search": VERSION,
             **self.backend.identity,
         }
 
@@ -264,7 +298,7 @@ class Search:
             self.study.set_user_attr("identity", self.identity)
             return
         names = {"weight": "cfg", "images": "--images", "seed": "--seed"}
-        words = {"prompts": "other prompts", "objectives": "the search of an earlier version"}
+        words = {"prompts": "other prompts", "search": "the search of an earlier version"}
         ours = self.identity
         differing = [
             words.get(k) or f"{names.get(k, k)} {known.get(k)!r}, not {ours.get(k)!r}"
@@ -339,10 +373,13 @@ class Search:
                 self.study.enqueue_trial(params, user_attrs={"label": label, "setting": _as_json(setting)})
 
     def _is_surplus(self, trial):
-        """Whether other processes had begun all that there are to be, or queued the same one."""
-        if "again" in trial.user_attrs:
-            same = [t for t in self.trials() if _goes_on(t) and t.user_attrs["setting"] == trial.user_attrs["setting"]]
-            return any(t.number < trial.number for t in same)
+        """Whether other processes had begun all that there are to be, or queued or did the same one."""
+        if had := trial.user_attrs.get("again"):
+            same = [t for t in self.trials() if t.user_attrs.get("setting") == trial.user_attrs["setting"]]
+            return any(
+                _blocks_of(t) > had if t.state == TrialState.COMPLETE else _goes_on(t) and t.number < trial.number
+                for t in same
+            )
         counted = [t for t in self.trials() if _counts(t)]
         if trial.number in [t.number for t in counted][self.plan.trials :]:
             return True
@@ -362,13 +399,11 @@ class Search:
             states, every = Counter(t.state for t in trials if _counts(t)), Counter(t.state for t in trials)
             total = self.plan.trials + len(trials) - sum(states.values())
             self.view.trials(every[TrialState.COMPLETE] + every[TrialState.FAIL], total, self.front())
-            if every[TrialState.WAITING] or (self.measured(BASELINE) and sum(states.values()) < self.plan.trials):
-                self.study.optimize(self._objective, n_trials=1, catch=(Refused, _Later))
-                self._check_baseline()
-                continue
             self._check_baseline()
-            if not states[TrialState.RUNNING] and (undecided := self._undecided()):
+            if not every[TrialState.WAITING] and (undecided := self._undecided()):
                 self._enqueue_again(undecided)
+            elif every[TrialState.WAITING] or (self.measured(BASELINE) and sum(states.values()) < self.plan.trials):
+                self.study.optimize(self._objective, n_trials=1, catch=(Refused, _Later))
             elif every[TrialState.RUNNING]:
                 self.view.waiting(every[TrialState.RUNNING])
                 time.sleep(1)
@@ -384,6 +419,14 @@ class Search:
         """What it measured, or None."""
         trial = self.complete(label)
         return trial and trial.user_attrs["measured"]
+
+    def baseline(self):
+        """What the baseline measured, or None."""
+        return self.measured(BASELINE)
+
+    @staticmethod
+    def setting_of(trial):
+        return from_json(trial.user_attrs["setting"])
 
     def _check_baseline(self):
         """Raise UserError if what all is compared with has failed, in the host's words."""
@@ -415,25 +458,28 @@ class Search:
         if self._is_surplus(trial):
             raise Refused(SURPLUS)
         label, had = (trial.user_attrs.get(k) for k in ("label", "again"))
-        if label in (BASELINE, CONDITIONAL_LABEL):
-            stages = self.all_stages[-1:]
+        turn = trial.user_attrs.get("turn", trial.number % self.plan.turns)
+        trial.set_user_attr("turn", turn)
+        if label == BASELINE:
+            parts = [range(len(self.plan.search))]
+        elif label == CONDITIONAL_LABEL:
+            parts = [self.plan.of_all_turns]
         else:
-            stages = self.plan.stages if had is None else [s for s in self.all_stages if s > had]
-        for stage in stages:
-            measured = self.render(setting, self.plan.search[:stage], self.folder)
+            stages = self.plan.stages if had is None else [self._next_stage(had)]
+            parts = [self.plan.part(turn, stage) for stage in stages]
+        for part in parts:
+            measured = self._render_part(setting, part)
             baseline = measured if label == BASELINE else self._baseline()
             if label is None and self._is_lost(trial, measured, baseline, self.front()):
                 break
         trial.set_user_attr("measured", measured)
         best, cautious = (objectives.violation(self.goal, measured, baseline, p) for p in (0.5, objectives.LIKELY))
         trial.set_user_attr("beyond", cautious)
-        within, constraint = objectives.near_bound(self.goal, best)
-        trial.set_constraint(self.goal.bound, constraint)
-        return [*(objectives.value(measured, baseline, key)[0] for key in self.goal.keys), within]
+        trial.set_constraint(self.goal.bound, best)
+        return [objectives.value(measured, baseline, key)[0] for key in self.goal.keys]
 
-    @property
-    def all_stages(self):
-        return (*self.plan.stages, len(self.plan.search))
+    def _next_stage(self, had):
+        return next((s for s in self.plan.all_stages if s > had), had)
 
     def _undecided(self):
         """The trial whose race goes on next, or None: it is not lost, and what lost races saved has room for it.
@@ -442,12 +488,13 @@ class Search:
         """
         found, front = self.results(), self.front()
         first = self.complete(BASELINE)
-        if first is None:
+        if first is None or len(found) < min(STARTUP, self.plan.trials):
             return None
         baseline, corner = first.user_attrs["measured"], self.losses(first)
-        missing = {t.number: _blocks_of(first) - _blocks_of(t) for t in found}
+        missing = {t.number: self._next_stage(had := _blocks_of(t)) - had for t in found}
         going = [t.user_attrs["setting"] for t in self.trials() if _goes_on(t)]
-        room = self.plan.trials * self.plan.stages[-1] - sum(_blocks_of(t) for t in found)
+        over = sum(_counts(t) and t.state.is_finished() for t in self.trials())
+        room = over * self.plan.share - sum(_blocks_of(t) for t in found)
         room -= sum(missing[t.number] for t in found if t.user_attrs["setting"] in going)
 
         def worth(trial):
@@ -460,9 +507,11 @@ class Search:
             t
             for t in found
             if 0 < missing[t.number] <= room and t.user_attrs["setting"] not in going
+            and t.user_attrs.get("label") != CONDITIONAL_LABEL
             and not self._is_lost(t, t.user_attrs["measured"], baseline, front)
         ]  # fmt: skip
-        return max(left, key=worth, default=None)
+        best = max(left, key=worth, default=None)
+        return best if best and worth(best) > 0 else None
 
     def _is_lost(self, trial, measured, baseline, front):
         """Whether a trial has lost its race against the front, now that it has `measured`."""
@@ -472,7 +521,7 @@ class Search:
 
     def _enqueue_again(self, trial):
         """A complete trial cannot be changed: its race goes on in another one, of the same setting."""
-        kept = {k: v for k, v in trial.user_attrs.items() if k in ("label", "setting")}
+        kept = {k: v for k, v in trial.user_attrs.items() if k in ("label", "setting", "turn")}
         self.study.enqueue_trial(trial.params, user_attrs={**kept, "again": _blocks_of(trial)})
 
     def _baseline(self):
@@ -500,9 +549,13 @@ class Search:
         return sorted((trials[i] for i in kept), key=self.losses)
 
     def losses(self, trial):
-        return tuple(s * v for s, v in zip(self.goal.signs(), values_of(trial, self.goal), strict=True))
+        return tuple(s * v for s, v in zip(self.goal.signs(), trial.values, strict=True))
 
-    def render(self, setting, blocks, folder):
+    def _render_part(self, setting, part):
+        """What these blocks of the search measure."""
+        return self.render(setting, [self.plan.search[b] for b in part], self.folder, part, self.plan.parts)
+
+    def render(self, setting, blocks, folder, numbers=None, parts=()):
         """What the blocks of a setting measure; images that the folder has are not rendered again."""
         wanted = [pair for block in blocks for pair in block.jobs(setting)]
         have = {at: found for at, job in wanted if (found := folder.get(at, job))}
@@ -519,7 +572,8 @@ class Search:
             [job.prompt for _, job in wanted],
             [r.rows for r in got],
             [r.seconds for r in got],
-            [s for s in self.all_stages if s <= len(blocks)] if folder is self.folder else [len(blocks)],
+            range(len(blocks)) if numbers is None else numbers,
+            parts,
         )
 
 
@@ -536,11 +590,6 @@ def _is_void(trial):
 def _goes_on(trial):
     """Whether it is a race that goes on, or that was refused: it is not to be queued again."""
     return "again" in trial.user_attrs and trial.state != TrialState.COMPLETE and not _is_void(trial)
-
-
-def values_of(trial, goal):
-    """Those of the goal's keys; what follows them is for the sampler (`objectives.near_bound`)."""
-    return trial.values[: len(goal.keys)]
 
 
 def _blocks_of(trial):

@@ -89,7 +89,7 @@ class View:
             bound = trial.user_attrs["measured"][self.goal.bound]
             table.add_row(
                 str(study.from_json(trial.user_attrs["setting"])),
-                *[f"{v:.3g}" for v in study.values_of(trial, self.goal)],
+                *[f"{v:.3g}" for v in trial.values],
                 f"{sum(bound) / len(bound):.3g}",
             )
         grid = Table.grid()
@@ -98,7 +98,7 @@ class View:
         return grid
 
     def _words(self, trial):
-        told = zip(self.goal.keys, study.values_of(trial, self.goal), strict=True)
+        told = zip(self.goal.keys, trial.values, strict=True)
         values = ", ".join(f"{k} {v:.3g}" for k, v in told)
         return f"{study.from_json(trial.user_attrs['setting'])} ({values})"
 
