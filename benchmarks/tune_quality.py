@@ -38,6 +38,7 @@ WEIGHTS = [1.75, 2.1, 2.6, 3.2, 4.0, 4.9, 6.0, 7.3, 8.7, 10.0]
 FIRST_SEED = 2**32  # Of the dense sweep: none of a study's.
 BATCH = 1024
 NEAR = 0.4  # Of the dense sweep's area: what a setting that is rendered again has at least on its own.
+OURS = "ehvi"  # The sampler whose studies are confirmed: that of the tuner.
 # Keys (first and last guided step, weight) of the dense sweep.
 CONDITIONAL_CELL, BASELINE_CELL = (-1, -1, 1.0), (0, emoji.STEPS - 1, emoji.Emoji.weight)
 
@@ -223,11 +224,11 @@ def refine(args, truth, errors):
 
 
 def studies(args):
-    wanted = [(seed, name) for name in args.samplers for seed in range(args.studies if name == "tpe" else args.seeds)]
+    wanted = [(seed, name) for name in args.samplers for seed in range(args.studies if name == OURS else args.seeds)]
     file = args.out / "studies.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     tasks = {
-        f"{name} {seed}": ((name, str(seed)), run_study, seed, name, args.trials, args.images, name == "tpe")
+        f"{name} {seed}": ((name, str(seed)), run_study, seed, name, args.trials, args.images, name == OURS)
         for seed, name in wanted
         if f"{name} {seed}" not in known
     }
@@ -279,7 +280,7 @@ def coverage_table(args, found):
     settings = {"baseline": everywhere(emoji.Emoji.weight)}
     chosen = {}
     for seed in range(args.studies):
-        for place, c in enumerate(found[f"tpe {seed}"]["confirmed"], 1):
+        for place, c in enumerate(found[f"{OURS} {seed}"]["confirmed"], 1):
             chosen[seed, place] = c
             settings[seed, place] = Setting(*c["setting"])
     tasks = {k: (("true", str(k)), measure_densely, s, args.groups, args.classes) for k, s in settings.items()}
@@ -314,7 +315,7 @@ def main():
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5, help="studies of each sampler that are compared")
     parser.add_argument("--studies", type=int, default=20, help="studies whose confirmations are judged")
-    parser.add_argument("--samplers", nargs="+", default=["gp", "tpe", "random"], choices=list(study.SAMPLERS))
+    parser.add_argument("--samplers", nargs="+", default=list(study.SAMPLERS), choices=list(study.SAMPLERS))
     args = parser.parse_args()
     args.studies = max(args.studies, args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -224,7 +224,7 @@ def test_the_confirmation_has_prompts_and_seeds_that_the_search_never_saw():
     assert plan.part(7, 8) == (28, 29, 30, 31, 0, 1, 2, 3) and plan.part(7, 8) in plan.parts
     odd = study.make_plan("s", PROMPTS, 10, 60, 0)
     assert (odd.share, odd.stages, odd.turns, odd.all_stages[-1]) == (15, (4, 8), 8, 60)
-    assert plan.most == 10 * 8 and study.make_plan("s", PROMPTS, 3, 32, 0).most == 32 + 32 + 4
+    assert plan.most == 32 + 32 + 8 * 4 and study.make_plan("s", PROMPTS, 60, 64, 0).most == 60 * 16
     for one in (plan, odd):
         assert all(set(one.of_all_turns) & set(part) for part in one.parts)
     few = study.make_plan("s", PROMPTS[:3], 10, 32, 0)

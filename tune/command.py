@@ -200,8 +200,8 @@ def _describe(plan, backend, judge):
     for label, setting, _ in study.first_trials(backend, ranges):
         lines.append(f"  first: {label}, {setting}")
     lines += [
-        f"  {plan.trials} trials of {screened} to {raced} images; the rest, to {share} each, goes to those that may be on "
-        f"the front, up to {study.MORE * share}",
+        f"  {plan.trials} trials of {screened} to {raced} images; what is left of {share} for each goes to those that "
+        f"may be on the front, up to {study.MORE * share}",
         f"confirmation: the best three, the baseline and conditional only, {confirmed} images each, "
         + ("of prompts that the search does not see" if plan.fresh_prompts else
            f"of the same prompts with fresh seeds (with {study.AT_LEAST} prompts or more, half would be kept for it)"),
