@@ -28,9 +28,10 @@ from guidance_interval.tune import clip, command, confirm, objectives, sampler, 
 from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Rendered, Setting, everywhere
 from guidance_interval.tune.images import Folder
 from guidance_interval.tune.objectives import SEEDS
-from guidance_interval.tune.view import Quiet
+from guidance_interval.tune.view import Quiet, View
 from optuna.trial import TrialState
 from PIL import Image
+from rich.console import Console
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 
@@ -353,6 +354,18 @@ def test_the_search_goes_beyond_the_bound_and_the_front_stays_within(tmp_path):
     assert any(t.user_attrs["beyond"] > 0 for t in complete[3:])
     assert all(t.user_attrs["beyond"] <= 0 for t in search.front())
     assert all(t.user_attrs["beyond"] <= 0 for *_, t in confirm.choose(search, 1))
+
+
+def test_the_time_left_is_told_by_images_and_from_the_first_on(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 4)
+    view = View(objectives.Goal(("rows",), ("variety",), "adherence", 5.0), Console(file=io.StringIO()))
+    view.trials(0, 10, [], 0, 400)
+    for _ in range(100):
+        view.image()
+    assert view.bar.tasks[0].fields["speed"] == "4 images/s, 2 min left"
+    view.trials(1, 10, [], 100, 400)  # The baseline, with a quarter of all images.
+    assert view.bar.tasks[0].fields["speed"] == "4 images/s, 76 s left"
 
 
 def test_each_trial_has_its_turn_of_the_baselines_blocks(tmp_path):

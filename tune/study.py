@@ -398,7 +398,9 @@ class Search:
             trials = [t for t in self.trials() if not _is_void(t)]
             states, every = Counter(t.state for t in trials if _counts(t)), Counter(t.state for t in trials)
             total = self.plan.trials + len(trials) - sum(states.values())
-            self.view.trials(every[TrialState.COMPLETE] + every[TrialState.FAIL], total, self.front())
+            images = sum(map(_blocks_of, self.results())) * SEEDS
+            done = every[TrialState.COMPLETE] + every[TrialState.FAIL]
+            self.view.trials(done, total, self.front(), images, self.plan.most * SEEDS)
             self._check_baseline()
             if not every[TrialState.WAITING] and (undecided := self._undecided()):
                 self._enqueue_again(undecided)

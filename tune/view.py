@@ -21,7 +21,8 @@ class View:
         self.bar = Progress(*[TextColumn(c) if isinstance(c, str) else c for c in columns], console=self.console)
         self.task = self.bar.add_task("trials", total=None, speed="")
         self.count, self.since, self.times = 0, time.monotonic(), deque(maxlen=200)
-        self.best, self.done, self.total, self.per_trial, self.begun, self.confirming = [], 0, 0, None, 0, False
+        self.best, self.done, self.total, self.confirming = [], 0, 0, False
+        self.left = self.begun = self.per_image = None  # Images, those that there were at the start, seconds.
         self.live = Live(get_renderable=self._draw, console=self.console, refresh_per_second=2, transient=True)
 
     def __enter__(self):
@@ -52,16 +53,16 @@ class View:
         self.count, self.confirming = 0, True
         self.times.clear()
 
-    def trials(self, done, total, front):
-        """How many trials are done, and those of the front."""
+    def trials(self, done, total, front, images, most):
+        """How many trials are done, and those of the front; their images, and how many there will be at most."""
         if done > self.done and not self.console.is_terminal:
             self.say(f"{done} of {total} trials, {self.speed:.2g} images/s; on the front: "
                      + ("; ".join(self._words(t) for t in front) or "none yet"))  # fmt: skip
-        if done > self.done and self.times:
-            self.per_trial = (time.monotonic() - self.since) / max(1, done - self.begun)
-        if not self.total:
-            self.begun = done
-        self.done, self.total, self.best = done, total, front
+        if self.begun is None:
+            self.begun = images
+        if images > self.begun:  # Of all processes.
+            self.per_image = (time.monotonic() - self.since) / (images - self.begun)
+        self.done, self.total, self.best, self.left = done, total, front, most - images
         self.bar.update(self.task, completed=done, total=total)
         self._speed()
 
@@ -77,7 +78,8 @@ class View:
             self.bar.update(self.task, completed=self.count)
             left = (self.bar.tasks[0].total - self.count) / self.speed if self.speed else None
         else:
-            left = None if self.per_trial is None else self.per_trial * (self.total - self.done)
+            each = self.per_image or (1 / self.speed if self.speed else None)
+            left = None if each is None or self.left is None else each * self.left
         text = f"{self.speed:.2g} images/s" + ("" if left is None else f", {duration(left)} left")
         self.bar.update(self.task, speed=text)
 
