@@ -298,29 +298,36 @@ def test_the_next_setting_is_at_the_bound_that_many_noisy_trials_tell():
     settings = [Setting(0.5, 3.0, w) for w in draw.uniform(1, 8, 40).round(2)]
     done = [(everywhere(4.0), baseline), *((s, rendered(s, 16 * (i % 4))) for i, s in enumerate(settings))]
     candidates = [Setting(0.5, 3.0, w) for w in np.linspace(1.05, 7.95, 70)] + [Setting(0.5, math.inf, 2.5)] * 5
-    chosen = [
-        candidates[sampler.choose(goal, baseline, done, [], candidates, ranges, sigmas, np.random.default_rng(seed))]
-        for seed in range(5)
-    ]
+    belief = sampler.Belief(goal, baseline, done, ranges, sigmas)
+    chosen = [candidates[sampler.choose(belief, [], candidates, np.random.default_rng(seed))] for seed in range(5)]
     assert all(1.5 < s.weight < 3.5 and s.sigma_hi == 3.0 for s in chosen)
     # What runs counts as done: elsewhere then.
-    first = sampler.choose(goal, baseline, done, [], candidates, ranges, sigmas, np.random.default_rng(0))
-    busy = [candidates[first]] * 3
-    assert (
-        candidates[sampler.choose(goal, baseline, done, busy, candidates, ranges, sigmas, np.random.default_rng(0))]
-        != busy[0]
-    )
+    busy = [chosen[0]] * 3
+    assert candidates[sampler.choose(belief, busy, candidates, np.random.default_rng(0))] != chosen[0]
     worse = [everywhere(4.0), Setting(0.0, math.inf, 8.0)]
-    assert sampler.choose(goal, baseline, done, [], worse, ranges, sigmas, np.random.default_rng(0)) is None
+    assert sampler.choose(belief, [], worse, np.random.default_rng(0)) is None
+    # And what is within the bound is told by all of them: each alone is off by 1.5.
+    losses, beyond = belief.told([Setting(0.5, 3.0, w) for w in (1.5, 2.0, 3.5, 4.0)], 0.5)
+    assert np.allclose(losses[:, 0], -2) and np.allclose(losses[:, 1], [-1.0, -0.8, -0.2, 0.0], atol=0.2)
+    assert np.allclose(beyond, [2.0, 1.0, -2.0, -3.0], atol=1)
+    assert all(belief.told([Setting(0.5, 3.0, 2.0)], 0.75)[1] > beyond[1])
 
 
 def test_the_luck_that_all_share_moves_all_together():
-    x = np.linspace(0, 1, 6)[:, None].repeat(3, 1)
-    process = sampler.fit(x, [np.zeros(4), *np.random.default_rng(0).normal(0, 1, (5, 4))])
-    alone, together = (sampler.draw(process, x[:2], luck, np.random.default_rng(0)) for luck in (0.0, 9.0))
-    assert alone[:, 0].std() < 0.05  # The baseline's difference to itself is known.
-    moved = together - alone
-    assert np.allclose(moved[:, 0], moved[:, 1]) and moved.std() == pytest.approx(9, rel=0.1)
+    draw, settings = np.random.default_rng(0), [everywhere(4.0), *(Setting(0.15, 1.5, w) for w in (2.0, 3.0, 5.0, 6.0))]
+    goal = objectives.Goal(("seconds",), ("variety",), "adherence", 3.0)
+    base = {k: [0.0] * 64 for k in ("adherence", "variety", "seconds")}
+    rest = [{k: draw.normal(0, 8, 16).tolist() for k in base} for _ in settings[1:]]
+    belief = sampler.Belief(goal, base, list(zip(settings, [base, *rest], strict=True)), study.space(Painter()), None)
+    assert belief.luck["adherence"] == pytest.approx(8 / 64**0.5, rel=0.3)
+    belief.luck = dict.fromkeys(belief.luck, 0.0)
+    x = belief.at(settings)
+    alone = belief.draw(x, np.random.default_rng(0))["adherence"]
+    assert alone[:, 0].std() < 0.05 < alone[:, 1].std()  # The baseline's difference to itself is known.
+    belief.luck = dict.fromkeys(belief.luck, 9.0)
+    together = belief.draw(x, np.random.default_rng(0))["adherence"]
+    assert np.cov(together.T)[np.triu_indices(5)].min() > 70 and "rows" not in belief.expected(x)
+    assert belief.expected(x)["adherence"][1][0] == pytest.approx(9, rel=0.01)
 
 
 # ----------------------------------------------------------------------------
@@ -349,11 +356,17 @@ def test_the_search_goes_beyond_the_bound_and_the_front_stays_within(tmp_path):
         )
         assert beyond == cautious >= best and trial.constraints == {"adherence": best}
         assert len(trial.values) == len(search.losses(trial)) == 2
+        told = objectives.value(trial.user_attrs["measured"], baseline, "adherence")[
+            0
+        ]  # As if of the baseline's images.
+        assert trial.user_attrs["adherence"] == told
     named = dict(zip(search.study.metric_names, search.study.directions, strict=True))
     assert named == {"rows": optuna.study.StudyDirection.MINIMIZE, "variety": optuna.study.StudyDirection.MAXIMIZE}
     assert any(t.user_attrs["beyond"] > 0 for t in complete[3:])
     assert all(t.user_attrs["beyond"] <= 0 for t in search.front())
-    assert all(t.user_attrs["beyond"] <= 0 for *_, t in confirm.choose(search, 1))
+    chosen = [setting for _, _, setting, _ in confirm.choose(search)[1:]]
+    believed = search.belief().told(chosen, objectives.LIKELY)[1]
+    assert len(set(chosen)) == 3 and (believed <= 0).any()
 
 
 def test_the_time_left_is_told_by_images_and_from_the_first_on(monkeypatch):

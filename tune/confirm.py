@@ -24,29 +24,26 @@ CONFIRMED = "confirmed.json"
 
 
 def choose(search, count=3):
-    """`[(id, label, Setting, Trial)]`: the baseline, and the best of those within the bound.
+    """`[(id, label, Setting, Trial)]`: the baseline, and the best of those within the bound, as all trials tell.
 
     First those of the front that together improve most on the baseline; if it has fewer than `count`, those of the
     front without them; at last those that are least beyond the bound: in the search that may be bad luck.
     """
-    found = search.results()
     baseline = search.complete(study.BASELINE)
-    corner, chosen = search.losses(baseline), []
-    rivals = [t for t in found if t.number != baseline.number]
-    left = [t for t in rivals if beyond(t) <= 0]
+    rivals = [t for t in search.results() if t.number != baseline.number]
+    losses, beyond = search.belief().told([search.setting_of(t) for t in rivals], objectives.LIKELY)
+    corner = search.losses(baseline)
+    left, chosen = [i for i in range(len(rivals)) if beyond[i] <= 0], []
     while left and len(chosen) < count:
-        order = objectives.best([search.losses(t) for t in left], corner, count - len(chosen))
+        order = objectives.best([tuple(losses[i] + corner) for i in left], corner, count - len(chosen))
         chosen += [left[i] for i in order]
-        left = [t for i, t in enumerate(left) if i not in order]
-    chosen += sorted((t for t in rivals if beyond(t) > 0), key=beyond)[: count - len(chosen)]
+        left = [i for i in left if i not in chosen]
+    chosen += sorted((i for i in range(len(rivals)) if beyond[i] > 0), key=beyond.__getitem__)[: count - len(chosen)]
     found = [("baseline", study.BASELINE, baseline)]
-    found += [(f"best-{place}", t.user_attrs.get("label", ""), t) for place, t in enumerate(chosen, 1)]
+    found += [
+        (f"best-{place}", t.user_attrs.get("label", ""), t) for place, t in enumerate((rivals[i] for i in chosen), 1)
+    ]
     return [(i, label, study.from_json(t.user_attrs["setting"]), t) for i, label, t in found]
-
-
-def beyond(trial):
-    """How far a trial is beyond the bound in the search; 0 or less is within."""
-    return trial.user_attrs["beyond"]
 
 
 def confirm(search, out):

@@ -6,6 +6,8 @@ that adds most to its area on the mean of the draws. This is the noisy expected 
 Balandat and Bakshy (NeurIPS 2021, arXiv 2105.08195), with a bound, over settings drawn at random.
 """
 
+import math
+
 import numpy as np
 import optuna
 from optuna.trial import TrialState
@@ -16,7 +18,7 @@ from sklearn.gaussian_process.kernels import Matern
 from . import objectives
 from .backends import Setting
 
-STARTUP = 10  # Trials before the first that is not drawn at random.
+STARTUP = 13  # Trials before the first that is not drawn at random.
 # Over the coordinates. A smoother one is too sure of what lies between and beyond.
 KERNEL = Matern([0.5, 0.5, 0.4], "fixed", nu=1.5)
 CANDIDATES, KEPT, DRAWS = 4096, 400, 1024
@@ -44,60 +46,89 @@ class IntervalSampler(optuna.samplers.BaseSampler):
 
     def sample_relative(self, study, trial, search_space):
         search = self.search
-        done = search.results()
-        if "fixed_params" in trial.system_attrs or len(done) < STARTUP or (base := search.baseline()) is None:
+        if "fixed_params" in trial.system_attrs or len(search.results()) < STARTUP:
             return {}
         low, high = np.array(list(search.ranges.values())).T
         drawn = np.clip(low * (high / low) ** self.rng.random((CANDIDATES, len(low))), low, high)
         params = [dict(zip(search.ranges, map(float, values), strict=True)) for values in drawn]
         running = [search.setting_of(t) for t in search.trials(TrialState.RUNNING) if "setting" in t.user_attrs]
-        best = choose(
-            search.goal, base, [(search.setting_of(t), t.user_attrs["measured"]) for t in done], running,
-            [to_setting(p) for p in params], search.ranges, search.backend.sigmas, self.rng,
-        )  # fmt: skip
+        best = choose(search.belief(), running, [to_setting(p) for p in params], self.rng)
         return {} if best is None else params[best]
 
 
-def choose(goal, baseline, done, running, candidates, ranges, sigmas, rng):
-    """The index of the candidate that is expected to add most to the front, or None if none adds anything.
+class Belief:
+    """What all trials together tell of the true differences to the baseline.
 
-    goal: `objectives.Goal` of two keys; baseline: what it measured; done: `[(Setting, measured)]`; running, candidates:
-    [Setting]; ranges: `{name: (low, high)}` of the space; sigmas: see `backends.py`; rng: NumPy's.
+    goal: `objectives.Goal` of two keys; baseline: what it measured; done: `[(Setting, measured)]`; ranges: the ends
+    `{name: (low, high)}` of the space; sigmas: see `backends.py`.
     """
 
-    def at(settings):
-        return np.array([coordinates(s, ranges, sigmas) for s in settings])
+    def __init__(self, goal, baseline, done, ranges, sigmas):
+        self.goal, self.ranges, self.sigmas, self.rows = goal, ranges, sigmas, baseline.get("rows")
+        self.settings = [setting for setting, _ in done]
+        x, self.processes, self.luck = self.at(self.settings), {}, {}
+        for key in (k for k in (*goal.keys, goal.bound) if k != "rows"):
+            changes = [objectives.paired(measured, baseline, key).numpy() for _, measured in done]
+            self.processes[key] = fit(x, changes)
+            # All have the prompts and seeds of the baseline in common, and what is lucky in them.
+            self.luck[key] = math.sqrt(usual_variance(changes) / objectives.num_blocks(baseline))
 
-    settings, measured = map(list, zip(*done, strict=True))
-    x, more = at(settings), at(candidates)
-    changes = {
-        key: [objectives.paired(m, baseline, key).numpy() for m in measured]
-        for key in (*goal.keys, goal.bound)
-        if key != "rows"
-    }
-    processes = {key: fit(x, c) for key, c in changes.items()}
+    def at(self, settings):
+        """float64 [N, 3]"""
+        return np.array([coordinates(s, self.ranges, self.sigmas) for s in settings])
 
-    def rows(of):  # Known, without any image.
-        return np.array([s.rows(sigmas) for s in of]) - objectives.contributions(baseline, "rows", [0]).item()
+    def expected(self, x):
+        """`{key: (mean [N], standard deviation [N])}` at x [N, 3]; rows are known without any image."""
+        found = {}
+        for key, process in self.processes.items():
+            mean, deviation = process.predict(x, return_std=True)
+            found[key] = mean, np.hypot(deviation, self.luck[key])
+        if "rows" in self.goal.keys:
+            found["rows"] = len(self.sigmas) * (1 + x[:, 1] - x[:, 0]) - np.mean(self.rows), np.zeros(len(x))
+        return found
 
+    def draw(self, x, rng):
+        """`{key: [DRAWS, N]}`: what may be true at x."""
+        found = {}
+        for key, process in self.processes.items():
+            mean, covariance = process.predict(x, return_cov=True)
+            root = np.linalg.cholesky(covariance + (1e-6 * covariance.diagonal().max() + 1e-300) * np.eye(len(x)))
+            luck = self.luck[key] * rng.standard_normal((DRAWS, 1))
+            found[key] = mean + rng.standard_normal((DRAWS, len(x))) @ root.T + luck
+        if "rows" in self.goal.keys:
+            found["rows"] = np.tile(self.expected(x)["rows"][0], (DRAWS, 1))
+        return found
+
+    def told(self, settings, likely):
+        """`(losses [N, 2], beyond [N])`: how far beyond the bound each is at most, with a probability of `likely`.
+
+        Losses are relative to the baseline's.
+        """
+        expected = self.expected(self.at(settings))
+        mean, deviation = expected[self.goal.bound]
+        losses = [sign * expected[key][0] for key, sign in zip(self.goal.keys, self.goal.signs(), strict=True)]
+        return np.stack(losses, 1), -self.goal.margin - mean + stats.norm.ppf(likely) * deviation
+
+
+def choose(belief, running, candidates, rng):
+    """The index of the candidate that is expected to add most to the front, or None if none adds anything.
+
+    running: the settings that others are at, which count as tried.
+    """
+    goal, x = belief.goal, belief.at(candidates)
     # First the few that may be worth it, by what is probable of each alone.
-    expected = {key: process.predict(more, return_std=True) for key, process in processes.items()}
-    beyond, error = expected[goal.bound]
-    score = stats.norm.cdf((beyond + goal.margin) / np.maximum(error, 1e-12))
+    expected = belief.expected(x)
+    mean, deviation = expected[goal.bound]
+    score = stats.norm.cdf((mean + goal.margin) / np.maximum(deviation, 1e-12))
     for key, sign in zip(goal.keys, goal.signs(), strict=True):
-        mean, error = expected[key] if key in expected else (rows(candidates), 0.0)
-        score = score * np.maximum(error - sign * mean, 0)
+        mean, deviation = expected[key]
+        score = score * np.maximum(deviation - sign * mean, 0)
     kept = np.argsort(-score)[:KEPT]
 
-    tried = settings + running
-    every = tried + [candidates[i] for i in kept]
-    x = at(every)
-    shared = objectives.num_blocks(baseline)
-    drawn = {key: draw(process, x, np.sqrt(usual_variance(changes[key]) / shared), rng)
-             for key, process in processes.items()}  # fmt: skip
+    tried = belief.at(belief.settings + running)
+    drawn = belief.draw(np.concatenate([tried, x[kept]]), rng)
     within = drawn[goal.bound] >= -goal.margin
-    losses = np.stack([s * (drawn[k] if k in drawn else np.tile(rows(every), (DRAWS, 1)))
-                       for k, s in zip(goal.keys, goal.signs(), strict=True)], axis=-1)  # fmt: skip
+    losses = np.stack([sign * drawn[key] for key, sign in zip(goal.keys, goal.signs(), strict=True)], axis=-1)
     n, gained = len(tried), np.zeros(len(kept))
     for points, fits in zip(losses, within, strict=True):
         gained += gains(points[:n][fits[:n]], points[n:], (0.0, 0.0)) * fits[n:]
@@ -140,16 +171,6 @@ def fit(x, changes):
     scale = values.std() or 1.0
     process = GaussianProcessRegressor(KERNEL, alpha=errors / scale**2 + 1e-6, optimizer=None, normalize_y=True)
     return process.fit(x, values)
-
-
-def draw(process, x, luck, rng):
-    """What may be true at x: float64 [DRAWS, N].
-
-    luck: the standard error that all have in common, their prompts and seeds being those of the baseline.
-    """
-    mean, covariance = process.predict(x, return_cov=True)
-    root = np.linalg.cholesky(covariance + (1e-6 * covariance.diagonal().max() + 1e-300) * np.eye(len(x)))
-    return mean + rng.standard_normal((DRAWS, len(x))) @ root.T + luck * rng.standard_normal((DRAWS, 1))
 
 
 def gains(points, candidates, corner):

@@ -33,7 +33,7 @@ from . import objectives
 from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
 from .images import Folder
 from .objectives import SEEDS
-from .sampler import STARTUP, IntervalSampler, to_setting
+from .sampler import STARTUP, Belief, IntervalSampler, to_setting
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
 BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl"
@@ -422,9 +422,10 @@ class Search:
         trial = self.complete(label)
         return trial and trial.user_attrs["measured"]
 
-    def baseline(self):
-        """What the baseline measured, or None."""
-        return self.measured(BASELINE)
+    def belief(self):
+        """What all trials together tell, once there is a baseline."""
+        done = [(self.setting_of(t), t.user_attrs["measured"]) for t in self.results()]
+        return Belief(self.goal, self.measured(BASELINE), done, self.ranges, self.backend.sigmas)
 
     @staticmethod
     def setting_of(trial):
@@ -478,6 +479,7 @@ class Search:
         best, cautious = (objectives.violation(self.goal, measured, baseline, p) for p in (0.5, objectives.LIKELY))
         trial.set_user_attr("beyond", cautious)
         trial.set_constraint(self.goal.bound, best)
+        trial.set_user_attr(self.goal.bound, objectives.value(measured, baseline, self.goal.bound)[0])
         return [objectives.value(measured, baseline, key)[0] for key in self.goal.keys]
 
     def _next_stage(self, had):

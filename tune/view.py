@@ -88,11 +88,10 @@ class View:
         for name in ("setting", *self.goal.keys, self.goal.bound):
             table.add_column(name, justify="left" if name == "setting" else "right")
         for trial in self.best[:8]:
-            bound = trial.user_attrs["measured"][self.goal.bound]
             table.add_row(
                 str(study.from_json(trial.user_attrs["setting"])),
                 *[f"{v:.3g}" for v in trial.values],
-                f"{sum(bound) / len(bound):.3g}",
+                f"{trial.user_attrs[self.goal.bound]:.3g}",
             )
         grid = Table.grid()
         grid.add_row(table)
