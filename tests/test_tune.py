@@ -428,7 +428,7 @@ def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_
     found = search.run()
     again = [t for t in search.trials() if "again" in t.user_attrs]
     assert again and len(found) == len(set(settings_of(found))) == 20  # They are none of the 20.
-    before = {}  # The last of each setting.
+    before, over = {}, 0  # The last of each setting.
     for trial in search.trials():
         setting = tuple(trial.user_attrs["setting"])
         if "again" in trial.user_attrs:
@@ -436,8 +436,11 @@ def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_
             had, has = (objectives.num_blocks(t.user_attrs["measured"]) for t in (first, trial))
             assert had == trial.user_attrs["again"] and has == 2 * had <= 16 and trial.params == first.params
             assert first not in found
+            rendered = sum(objectives.num_blocks(t.user_attrs["measured"]) for t in before.values()) + has - had
+            assert rendered <= over * search.plan.share  # What the trials until then have left, and no more.
             assert trial.user_attrs["measured"]["adherence"][:had] == first.user_attrs["measured"]["adherence"]
         before[setting] = trial
+        over += "again" not in trial.user_attrs
     assert again[0].number < max(t.number for t in found if "again" not in t.user_attrs)  # Not only at the end.
     assert len(search.backend.jobs) == len(set(search.backend.jobs)) <= 20 * 16  # No more than without races.
     assert [t["number"] for t in confirm._trials(search, [], None, None)] == sorted(t.number for t in found)
