@@ -423,7 +423,8 @@ def test_more_trials_go_on_from_there(tmp_path):
     assert len(make_search(tmp_path, trials=9).run()) == 9
 
 
-def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_path):
+def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "STARTUP", 4)  # Before there is room.
     search = make_search(tmp_path, trials=20)
     found = search.run()
     again = [t for t in search.trials() if "again" in t.user_attrs]
