@@ -423,8 +423,7 @@ def test_more_trials_go_on_from_there(tmp_path):
     assert len(make_search(tmp_path, trials=9).run()) == 9
 
 
-def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "STARTUP", 4)  # Before there is room.
+def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_path):
     search = make_search(tmp_path, trials=20)
     found = search.run()
     again = [t for t in search.trials() if "again" in t.user_attrs]
@@ -448,6 +447,38 @@ def test_what_lost_races_saved_goes_to_those_that_may_still_be_on_the_front(tmp_
     resumed = make_search(tmp_path, trials=20)
     resumed.run()
     assert not resumed.backend.jobs and len(resumed.trials()) == len(search.trials())
+
+
+def test_what_goes_on_is_unclear_and_has_room_in_the_trials_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "STARTUP", 4)
+    search = make_search(tmp_path, trials=99)
+    corner = {"sigma_lo": 0.1, "sigma_hi": 10.0, "weight": 4.0}
+    ranges = {k: optuna.distributions.FloatDistribution(v, v) for k, v in corner.items()}
+
+    def add(weight, adherence, variety, rows, label=None):
+        blocks = len(adherence)
+        found = {**measured(adherence), "variety": [variety] * blocks, "rows": [rows] * blocks}
+        beyond = 0.0 if label != study.CONDITIONAL_LABEL else 1.0
+        told = {"measured": found, "setting": [0.1, 10.0, weight], "beyond": beyond} | (
+            {"label": label} if label else {}
+        )
+        search.study.add_trial(
+            optuna.trial.create_trial(params=corner, distributions=ranges, values=[rows, variety], user_attrs=told)
+        )
+
+    add(4.0, [0.0] * 16, 0.0, 14.0, study.BASELINE)
+    add(1.0, [-3.0, -6.5] * 2, 9.0, 7.0, study.CONDITIONAL_LABEL)  # It has all that it is to have.
+    for i in range(6):
+        add(5.0 + i, [0.0, 0.0], 0.5 + i / 50, 11.0 + i / 10)  # On the front, and within the bound without a doubt.
+    assert search._undecided() is None  # 8 trials of 4 blocks each, and 32 are rendered.
+    for i in range(3):
+        add(20.0 + i, [0.0, 0.0], 0.7 + i / 50, 12.0 + i / 10)
+    assert search._undecided() is None  # There is room, and nothing to find out.
+    add(2.0, [-3.0, -6.5], 1.0, 10.0)
+    assert search._undecided().user_attrs["setting"][2] == 2.0
+    for i in range(2):
+        add(30.0 + i, [0.0] * 8, 0.5, 11.0)
+    assert search._undecided() is None  # No more room: 56 blocks of 14 trials.
 
 
 def test_a_race_that_goes_on_survives_ctrl_c_and_is_run_once(tmp_path):
