@@ -279,7 +279,7 @@ def test_settings_are_alike_that_guide_the_same_steps():
     assert all(0 <= v <= 1 for v in at(0.15, 1.5, 4.0, None))
 
 
-def test_the_next_setting_is_at_the_bound_that_many_noisy_trials_tell():
+def test_the_next_setting_is_at_the_bound_that_many_noisy_trials_tell(monkeypatch):
     """Adherence is 2 (weight - 4) below CFG's 0 at -3, and a lower weight is more variety: 2.5 is at the bound."""
     draw, steps, ranges = (
         np.random.default_rng(0),
@@ -301,6 +301,10 @@ def test_the_next_setting_is_at_the_bound_that_many_noisy_trials_tell():
     belief = sampler.Belief(goal, baseline, done, ranges, sigmas)
     chosen = [candidates[sampler.choose(belief, [], candidates, np.random.default_rng(seed))] for seed in range(5)]
     assert all(1.5 < s.weight < 3.5 and s.sigma_hi == 3.0 for s in chosen)
+    monkeypatch.setattr(sampler, "KEPT", 3)  # Of the 75, and none of them needless.
+    few = [candidates[sampler.choose(belief, [], candidates, np.random.default_rng(seed))] for seed in range(5)]
+    assert all(1.5 < s.weight < 3.5 and s.sigma_hi == 3.0 for s in few)
+    monkeypatch.undo()
     # What runs counts as done: elsewhere then.
     busy = [chosen[0]] * 3
     assert candidates[sampler.choose(belief, busy, candidates, np.random.default_rng(0))] != chosen[0]
