@@ -43,14 +43,15 @@ def choose(search, count=3):
     found += [
         (f"best-{place}", t.user_attrs.get("label", ""), t) for place, t in enumerate((rivals[i] for i in chosen), 1)
     ]
-    return [(i, label, study.from_json(t.user_attrs["setting"]), t) for i, label, t in found]
+    return [(i, label, search.setting_of(t), t) for i, label, t in found]
 
 
 def confirm(search, out):
     """Render and measure the chosen settings on the plan's fresh blocks; `{id: measured}`, with `conditional`."""
     folder, found = Folder(out / "confirmed"), {}
     for key, _, setting, _ in [*choose(search), ("conditional", "", CONDITIONAL, None)]:
-        found[key] = search.render(setting, search.plan.confirm, folder)
+        blocks = search.plan.confirm
+        found[key] = search.render(setting, blocks, folder, range(len(blocks)))
     return found
 
 

@@ -69,23 +69,28 @@ class Belief:
         x, self.processes, self.luck = self.at(self.settings), {}, {}
         for key in (k for k in (*goal.keys, goal.bound) if k != "rows"):
             changes = [objectives.paired(measured, baseline, key).numpy() for _, measured in done]
-            self.processes[key] = fit(x, changes)
+            usual = usual_variance(changes)
+            self.processes[key] = fit(x, changes, usual)
             # All have the prompts and seeds of the baseline in common, and what is lucky in them.
-            self.luck[key] = math.sqrt(usual_variance(changes) / objectives.num_blocks(baseline))
+            self.luck[key] = math.sqrt(usual / objectives.num_blocks(baseline))
 
     def at(self, settings):
         """float64 [N, 3]"""
         return np.array([coordinates(s, self.ranges, self.sigmas) for s in settings])
 
     def expected(self, x):
-        """`{key: (mean [N], standard deviation [N])}` at x [N, 3]; rows are known without any image."""
+        """`{key: (mean [N], standard deviation [N])}` at x [N, 3]."""
         found = {}
         for key, process in self.processes.items():
             mean, deviation = process.predict(x, return_std=True)
             found[key] = mean, np.hypot(deviation, self.luck[key])
         if "rows" in self.goal.keys:
-            found["rows"] = len(self.sigmas) * (1 + x[:, 1] - x[:, 0]) - np.mean(self.rows), np.zeros(len(x))
+            found["rows"] = self._more_rows(x), np.zeros(len(x))
         return found
+
+    def _more_rows(self, x):
+        """Than the baseline's: known without any image."""
+        return len(self.sigmas) * (1 + x[:, 1] - x[:, 0]) - np.mean(self.rows)
 
     def draw(self, x, rng):
         """`{key: [DRAWS, N]}`: what may be true at x."""
@@ -96,7 +101,7 @@ class Belief:
             luck = self.luck[key] * rng.standard_normal((DRAWS, 1))
             found[key] = mean + rng.standard_normal((DRAWS, len(x))) @ root.T + luck
         if "rows" in self.goal.keys:
-            found["rows"] = np.tile(self.expected(x)["rows"][0], (DRAWS, 1))
+            found["rows"] = np.tile(self._more_rows(x), (DRAWS, 1))
         return found
 
     def told(self, settings, likely):
@@ -160,12 +165,15 @@ def usual_variance(changes):
     return float(np.median([c.var(ddof=1) for c in changes if len(c) > 1 and c.any()] or [0.0]))
 
 
-def fit(x, changes):
-    """The Gaussian process of the true values at x [N, 3], of which `changes`, [blocks] each, are noisy."""
+def fit(x, changes, usual):
+    """The Gaussian process of the true values at x [N, 3], of which `changes`, [blocks] each, are noisy.
+
+    usual: their `usual_variance`.
+    """
     values = np.array([c.mean() for c in changes])
     counts = np.array([len(c) for c in changes])
     variances = ((counts - 1) * [c.var(ddof=1) if len(c) > 1 else 0.0 for c in changes]
-                 + SHRINK * usual_variance(changes)) / (counts - 1 + SHRINK)  # fmt: skip
+                 + SHRINK * usual) / (counts - 1 + SHRINK)  # fmt: skip
     known = [not c.any() for c in changes]  # The baseline's difference to itself.
     errors = np.where(known, 0.0, variances / counts)
     scale = values.std() or 1.0

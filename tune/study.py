@@ -92,6 +92,10 @@ class Plan:
             found.append(min(2 * found[-1], len(self.search)))
         return tuple(found)
 
+    def next_stage(self, had):
+        """After that of `had` blocks, or `had` if it was the last."""
+        return next((s for s in self.all_stages if s > had), had)
+
     @property
     def turns(self):
         """How many trials in a row have other blocks."""
@@ -468,10 +472,11 @@ class Search:
         elif label == CONDITIONAL_LABEL:
             parts = [self.plan.of_all_turns]
         else:
-            stages = self.plan.stages if had is None else [self._next_stage(had)]
+            stages = self.plan.stages if had is None else [self.plan.next_stage(had)]
             parts = [self.plan.part(turn, stage) for stage in stages]
         for part in parts:
-            measured = self._render_part(setting, part)
+            blocks = [self.plan.search[b] for b in part]
+            measured = self.render(setting, blocks, self.folder, part, self.plan.parts)
             baseline = measured if label == BASELINE else self._baseline()
             if label is None and self._is_lost(trial, measured, baseline, self.front()):
                 break
@@ -481,9 +486,6 @@ class Search:
         trial.set_constraint(self.goal.bound, best)
         trial.set_user_attr(self.goal.bound, objectives.value(measured, baseline, self.goal.bound)[0])
         return [objectives.value(measured, baseline, key)[0] for key in self.goal.keys]
-
-    def _next_stage(self, had):
-        return next((s for s in self.plan.all_stages if s > had), had)
 
     def _undecided(self):
         """The trial whose race goes on next, or None: it is not lost, and what lost races saved has room for it.
@@ -495,7 +497,7 @@ class Search:
         if first is None or len(found) < min(STARTUP, self.plan.trials):
             return None
         baseline, corner = first.user_attrs["measured"], self.losses(first)
-        missing = {t.number: self._next_stage(had := _blocks_of(t)) - had for t in found}
+        missing = {t.number: self.plan.next_stage(had := _blocks_of(t)) - had for t in found}
         going = [t.user_attrs["setting"] for t in self.trials() if _goes_on(t)]
         over = sum(_counts(t) and t.state.is_finished() for t in self.trials())
         room = over * self.plan.share - sum(_blocks_of(t) for t in found)
@@ -555,12 +557,11 @@ class Search:
     def losses(self, trial):
         return tuple(s * v for s, v in zip(self.goal.signs(), trial.values, strict=True))
 
-    def _render_part(self, setting, part):
-        """What these blocks of the search measure."""
-        return self.render(setting, [self.plan.search[b] for b in part], self.folder, part, self.plan.parts)
+    def render(self, setting, blocks, folder, numbers, parts=()):
+        """What the blocks of a setting measure; images that the folder has are not rendered again.
 
-    def render(self, setting, blocks, folder, numbers=None, parts=()):
-        """What the blocks of a setting measure; images that the folder has are not rendered again."""
+        numbers, parts: see `objectives.measure`.
+        """
         wanted = [pair for block in blocks for pair in block.jobs(setting)]
         have = {at: found for at, job in wanted if (found := folder.get(at, job))}
         todo = [(at, job) for at, job in wanted if at not in have]
@@ -576,7 +577,7 @@ class Search:
             [job.prompt for _, job in wanted],
             [r.rows for r in got],
             [r.seconds for r in got],
-            range(len(blocks)) if numbers is None else numbers,
+            numbers,
             parts,
         )
 
