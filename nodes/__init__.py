@@ -1,6 +1,7 @@
 """ComfyUI's nodes: declarations alone. The patch is in model_patch.py, the second model's guider in guider.py."""
 
 import functools
+import reprlib
 
 import comfy.samplers
 from comfy_api.latest import ComfyExtension, io
@@ -105,26 +106,41 @@ def _cfg(default=8.0, tooltip=CFG_TIP, optional=False):
 def _check(node, rule, **values):
     """True, or what is wrong with the values, for `validate_inputs`; a linked input is None until it runs.
 
-    The host leaves the limits of inputs that `validate_inputs` names to it. rule(*values) raises what else is wrong.
+    The host leaves the limits of inputs that `validate_inputs` names to it, and hands on what it could not convert.
+    rule(*values) raises what else is wrong.
     """
     inputs = {i.id: i for i in node.define_schema().inputs}
     for name, value in values.items():
         low, high = getattr(inputs[name], "min", None), getattr(inputs[name], "max", None)
-        if value is not None and low is not None and not low <= value <= high:  # NaN fails too.
-            return f"{name} must lie between {low:.7g} and {high:.7g}, got {value!r}"
+        if value is None or low is None:
+            continue
+        if not isinstance(value, (int, float)):
+            return _Told(f"{name} must be a number, got {reprlib.repr(value)}")
+        if not low <= value <= high:  # NaN fails too.
+            return _Told(f"{name} must lie between {low:.7g} and {high:.7g}, got {reprlib.repr(value)}")
     if None in values.values():
         return True
     try:
         rule(*values.values())
     except (TypeError, ValueError) as error:
-        return str(error)
+        return _Told(error)
     return True
+
+
+class _Told(str):
+    """What is wrong, told in full once: the host asks for it again for each input that was checked with the first."""
+
+    asked = False
+
+    def __str__(self):
+        text, self.asked = "as told above" if self.asked else super().__str__(), True
+        return text
 
 
 def _refuse(verdict):
     """Raise what a `validate_inputs` found, for inputs that are linked and so known only when the node runs."""
     if verdict is not True:
-        raise ValueError(verdict)
+        raise ValueError(str(verdict))
 
 
 class SigmaInterval(io.ComfyNode):

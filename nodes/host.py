@@ -14,23 +14,31 @@ PRE_CFG = "sampler_pre_cfg_function"
 POST_CFG = "sampler_post_cfg_function"
 
 
-def sampling_function(model, x, sigma, cond, cfg, model_options, seed, uncond=None):
+def sampling_function(model, x, sigma, cond, cfg, model_options, seed, uncond=None, without_cfg=False):
     """The host's result at weight `cfg`, from an evaluation of `cond` alone; None where that cannot be had.
 
     model: the host's BaseModel; x: [B, ...]; sigma: [B]; cond: its processed conds. uncond, shaped like x, is
     taken for the unconditional prediction; None takes the conditional one, so that every weight gives the same.
-    None is returned when the function in force looks for it at neither of the two places where it is told.
+    None is returned when the function in force looks for it at neither of the two places where it is told, and when it
+    leaves `cond` out for a CFG function to evaluate (AutomaticCFG): what that does with either is its own. without_cfg:
+    `model_options` has no such function, so that `cond` is evaluated where it would.
     """
-    told = []
+    told, left_out = [], []
 
     def after_batch(executor, model, conds, x, *args):
+        if len(conds) != 2 or conds[1] is not None:  # Not those of the sampling function, which has no uncond.
+            return executor(model, conds, x, *args)
+        if conds[0] is None:
+            if not without_cfg:
+                left_out.append(True)
+                return executor(model, conds, x, *args)
+            conds = [cond, None]
         out = executor(model, conds, x, *args)
-        if len(conds) == 2 and conds[1] is None:  # Those of the sampling function: nodes ask for other numbers.
-            value = out[0] if uncond is None else uncond
-            if value.shape == out[1].shape:  # Not in a window of the whole.
-                told.append(True)
-                return [out[0], value]
-        return out
+        value = out[0] if uncond is None else uncond
+        if value.shape != out[1].shape:  # In a window of the whole.
+            return out
+        told.append(True)
+        return [out[0], value]
 
     def before_cfg(args):
         told.append(True)
@@ -48,7 +56,7 @@ def sampling_function(model, x, sigma, cond, cfg, model_options, seed, uncond=No
         PRE_CFG: [before_cfg, *model_options.get(PRE_CFG, ())],
     }
     result = comfy.samplers.sampling_function(model, x, sigma, None, cond, cfg, model_options=options, seed=seed)
-    return result if told else None
+    return result if told and not left_out else None
 
 
 def reads_uncond_pass(fn):
@@ -71,5 +79,5 @@ def conditional_only(model, x, sigma, cond, model_options, seed, post_cfg=()):
         return args["denoised"]
 
     options = {k: v for k, v in model_options.items() if k not in (CFG, PRE_CFG)} | {POST_CFG: [start, *post_cfg, end]}
-    told = sampling_function(model, x, sigma, cond, 1.0, options, seed)
+    told = sampling_function(model, x, sigma, cond, 1.0, options, seed, without_cfg=True)
     return None if told is None or not result else result[-1]

@@ -132,20 +132,38 @@ def evaluates_each_level_once(sampler):
     return sampler.sampler_function is k_diffusion_sampling.sample_euler
 
 
+# Why evaluations are left as the host's own, by a code that the page has words for: level and text of the log.
+LEFT = {
+    "cfg_one": (logging.INFO, "cfg is 1: nothing to limit"),
+    "no_uncond": (logging.INFO, "{} has no unconditional pass: nothing to limit"),
+    "pack": (
+        logging.WARNING,
+        "the sampling function that {} has put in the place of ComfyUI's does not give the conditional prediction "
+        "alone: this run is left as it is, without the interval",
+    ),
+    "past": (
+        logging.WARNING,
+        "{} evaluates the model past what nodes have set on its sampling: this run was left as it is, without the "
+        "interval",
+    ),
+}
+
+
 @dataclass
 class SamplingRun:
     """What one sampling run remembers.
 
     interval: in the model's noise levels. schedule: None where sigma is read. position: of the evaluation under way.
-    said: what the log was told. unlimited: the conditional prediction cannot be had alone in this run, which is
-    therefore left as it is. rows: what the network has evaluated. evaluations: [(guided, rows before it, clock)] of
-    each; a clock is seconds, or an event on the GPU where nothing waits for it.
+    said: what the log was told. left: (code in LEFT, its value), why the latest evaluation was left as it is, or None.
+    unlimited: so is the whole run. rows: what the network has evaluated. evaluations: [(guided, rows before it, clock)]
+    of each that was judged; a clock is seconds, or an event on the GPU where nothing waits for it.
     """
 
     interval: GuidanceInterval
     schedule: KnownSchedule | None = None
     position: int = -1
     said: set = field(default_factory=set)
+    left: tuple | None = None
     unlimited: bool = False
     rows: int = 0
     evaluations: list = field(default_factory=list)
@@ -154,6 +172,12 @@ class SamplingRun:
         if text not in self.said:
             self.said.add(text)
             log.log(level, "Guidance Interval: %s", text)
+
+    def leave(self, code, value):
+        """Say why an evaluation, or the run, is left as it is."""
+        self.left = code, value
+        level, text = LEFT[code]
+        self.say(text.format(value), level)
 
     def guided_rows(self, sigma):
         """Which rows of the evaluation are guided, as a list."""
@@ -178,12 +202,11 @@ class SamplingRun:
     def report(self, seconds, end):
         """What happened, and what of CFG everywhere, as what the page is sent.
 
-        rows_cfg and seconds_cfg are None where nothing tells: no evaluation was guided, or too few of either kind
-        were timed. end: rows and clock when the run ended.
+        left: as above, of a run without an evaluation that was limited. rows_cfg and seconds_cfg are None where nothing
+        tells: no evaluation was guided, or too few of either kind were timed. end: rows and clock when the run ended.
         """
         guided = [g for g, *_ in self.evaluations]
-        ends = [*self.evaluations[1:], (None, *end)]
-        rows = [b[1] - a[1] for a, b in zip(self.evaluations, ends, strict=True)]
+        rows = [b[1] - a[1] for a, b in itertools.pairwise([*self.evaluations, (None, *end)])]
         # An evaluation begins when its sigma is read, which waits for the one before it, or at its event. Left out are
         # the first of either kind, which may load or compile, and the last, which may still be under way.
         times = {True: [], False: []}
@@ -192,7 +215,8 @@ class SamplingRun:
         timed = {kind: of[1:] for kind, of in times.items()}
         inside = [r for r, g in zip(rows, guided, strict=True) if g]
         rows_cfg = seconds_cfg = None
-        if inside:
+        left = self.left if self.unlimited or not guided else None
+        if inside and left is None:
             rows_cfg = self.rows + round((len(guided) - len(inside)) * sum(inside) / len(inside))
             rows_cfg -= sum(r for r, g in zip(rows, guided, strict=True) if not g)
             if all(guided):
@@ -201,6 +225,7 @@ class SamplingRun:
                 more = statistics.median(timed[True]) - statistics.median(timed[False])
                 seconds_cfg = seconds + max(more, 0.0) * (len(guided) - len(inside))
         return {
+            "left": left,
             "rows": self.rows,
             "seconds": seconds,
             "evaluations": len(guided),
@@ -247,7 +272,9 @@ class IntervalPatch:
             guider.conds = conds  # As they were before the run prepared them.
             run = SamplingRun(interval, said=run.said)
             out, start = self._sample(run, executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
-        if self.tell is not None and run.evaluations:
+        if len(levels) and run.position < 0:  # Nothing of ours was asked.
+            run.leave("past", type(guider).__name__)
+        if self.tell is not None and (run.evaluations or run.left):
             end = time.perf_counter()
             self.tell(run.report(end - start, (run.rows, end)))
         return out
@@ -282,7 +309,7 @@ class IntervalPatch:
     def _decide(self, run, guider, predict, x, sigma, model_options, seed):
         nothing = _nothing_to_limit(guider, model_options)
         if nothing:
-            run.say(f"{nothing}: nothing to limit")
+            run.leave(*nothing)
         if nothing or run.unlimited:
             return predict(x, sigma, model_options, seed)
         guided = run.guided_rows(sigma)
@@ -293,7 +320,7 @@ class IntervalPatch:
         unguided = self._unguided(run, guider, x, sigma, model_options, seed)
         if unguided is None:
             run.unlimited = True
-            run.say(_cannot_be_asked(), logging.WARNING)
+            run.leave("pack", getattr(comfy.samplers.sampling_function, "__module__", "another node pack"))
             return predict(x, sigma, model_options, seed)
         if not any(guided):
             return unguided
@@ -341,22 +368,14 @@ def model_interval(model):
 
 
 def _nothing_to_limit(guider, model_options):
-    """Why this evaluation has no unconditional pass to leave out, or None when it has one."""
+    """Why this evaluation has no unconditional pass to leave out, as `SamplingRun.leave` takes it, or None."""
     if "positive" not in guider.conds or len(guider.conds) == 1:
-        return f"{type(guider).__name__} has no unconditional pass"
+        return "no_uncond", type(guider).__name__
     # Other guiders have weights of their own; samplers of CFG++ ask for uncond at any cfg.
     plain = type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
     if plain and math.isclose(guider.cfg, 1.0) and not model_options.get("disable_cfg1_optimization"):
-        return "cfg is 1"
+        return "cfg_one", ""
     return None
-
-
-def _cannot_be_asked():
-    module = getattr(comfy.samplers.sampling_function, "__module__", "another node pack")
-    return (
-        f"the sampling function that {module} has put in the place of ComfyUI's does not give the conditional "
-        "prediction alone: this run is left as it is, without the interval"
-    )
 
 
 def _unused(interval, levels, model_sampling):

@@ -327,9 +327,9 @@ def test_seconds_are_estimated_from_evaluations_that_tell(live):
     assert short.report(3.0, (3, 3.0))["seconds_cfg"] is None
 
 
-def test_nothing_is_told_of_a_run_that_was_not_limited(host, live):
-    said, _, _ = told(host, live, cfg=1.0)
-    assert said == []
+def test_of_a_run_that_was_not_limited_the_reason_is_told(host, live):
+    (run,), _, _ = told(host, live, cfg=1.0)
+    assert run["left"] == ("cfg_one", "") and run["rows"] == 8 and run["rows_cfg"] is None
 
 
 def test_telling_changes_nothing(host, live):

@@ -607,6 +607,77 @@ def test_nothing_to_limit_runs_untouched_and_says_so_once(host, caplog):
     assert len([r for r in caplog.records if "has no unconditional pass: nothing to limit" in r.getMessage()]) == 1
 
 
+def told_of(ours, model, **run):
+    """What the page is told of a run that an open interval limits."""
+    told = []
+    limited = ours.patch.patch_model(model, ours.patch.in_edm_units(ours.Interval()), tell=told.append)
+    if "guider" in run:
+        run["guider"] = run["guider"](limited)
+    rows, _ = rows_of(limited, **run)
+    return told, sum(rows)
+
+
+def past_all_wrappers(model):
+    """As ComfyUI-NAG's: evaluations go past the wrappers, and so past the interval."""
+    import comfy.samplers
+
+    class PastAll(comfy.samplers.CFGGuider):
+        def __call__(self, *args, **kwargs):
+            return self.predict_noise(*args, **kwargs)
+
+    guider = PastAll(model)
+    guider.set_conds(harness.conditioning(1), harness.conditioning(2))
+    guider.set_cfg(7.0)
+    return guider
+
+
+def test_a_guider_that_goes_past_the_interval_is_told_of(host, ours, caplog):
+    import comfy.samplers
+
+    def final(model):
+        with torch.inference_mode(), harness.counted_rows(model) as rows:
+            euler = comfy.samplers.sampler_object("euler")
+            out = harness.sample(past_all_wrappers(model), euler, sigmas_of(model), harness.empty_latent("sd15"))
+        return out, rows[0]
+
+    told, plain = [], harness.tiny_model("sd15")
+    limited = ours.patch.patch_model(plain, ours.patch.in_edm_units(ours.Interval(0.28, 5.42)), tell=told.append)
+    with caplog.at_level(logging.WARNING):
+        out, rows = final(limited)
+    assert torch.equal(out, final(plain)[0])
+    (said,) = [r.getMessage() for r in caplog.records if "Guidance Interval" in r.getMessage()]
+    assert "PastAll evaluates the model past" in said and "without the interval" in said
+    (run,) = told
+    assert run["left"] == ("past", "PastAll") and run["rows"] == rows == 2 * KARRAS_STEPS and run["rows_cfg"] is None
+
+
+def test_the_page_is_told_why_a_run_was_left_as_it_is(host, ours):
+    def basic(model):
+        return node(host, "BasicGuider", model=model, conditioning=harness.conditioning(1))[0]
+
+    model = harness.tiny_model("sd15")
+    for left, run in ((("cfg_one", ""), {"cfg": 1.0}), (("no_uncond", "Guider_Basic"), {"guider": basic})):
+        (told,), rows = told_of(ours, model, **run)
+        assert (told["left"], told["rows"], told["rows_cfg"]) == (left, rows, None)
+    (told,), rows = told_of(ours, model)
+    assert (told["left"], told["rows"], told["rows_cfg"]) == (None, rows, rows)
+
+
+def test_a_run_that_a_pack_makes_impossible_to_limit_is_told_without_a_saving(host, ours):
+    from test_packs import replaced_sampling_function
+
+    told = []
+    pack = replaced_sampling_function(harness.tiny_model("sd15"), post_cfg=False)
+    limited = ours.patch.patch_model(pack, ours.patch.in_edm_units(ours.Interval(0.28, 5.42)), tell=told.append)
+    rows_of(limited, batch=4)
+    assert told[0]["left"] == ("pack", "test_packs") and told[0]["rows_cfg"] is None
+
+
+def test_a_run_of_no_steps_is_not_said_to_go_past_the_interval(host, ours, caplog):
+    told, _ = told_of(ours, harness.tiny_model("sd15"), sigmas=torch.tensor([1.0]))
+    assert not told and not [r for r in caplog.records if "Guidance Interval" in r.getMessage()]
+
+
 def test_cfg_plus_plus_at_cfg_one_is_limited_all_the_same(host):
     """Its step uses the unconditional prediction at any cfg."""
     model = node(host, "GuidanceInterval", model=harness.tiny_model("sd15"))[0]
@@ -670,8 +741,9 @@ def test_refused(host, name, inputs, message):
 
 def test_linked_inputs_are_refused_when_they_are_known(host):
     plain = harness.tiny_model("sd15")
-    with pytest.raises(ValueError, match="sigma_lo must be below"):
+    with pytest.raises(ValueError, match="sigma_lo must be below") as refused:
         node(host, "GuidanceInterval", model=plain, sigma_lo=2.0, sigma_hi=1.0)
+    assert str(refused.value) == str(refused.value)  # However often the host asks.
     with pytest.raises(ValueError, match="start_percent must be below"):
         node(host, "GuidanceIntervalPercent", model=plain, start_percent=0.9, end_percent=0.1)
 

@@ -115,6 +115,37 @@ def regional_batch_function(model, weight=None):
     return model
 
 
+def own_conditional(model, weight=None):
+    """Neither prediction is asked of calc_cond_batch: a CFG function evaluates the positive by itself."""
+    import comfy.samplers
+    from comfy.patcher_extension import WrappersMP
+
+    def sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options={}, seed=None):  # noqa: B006
+        conds = [None, None]
+        out = comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
+        for fn in model_options.get("sampler_pre_cfg_function", []):
+            args = {"conds": conds, "conds_out": out, "cond_scale": cond_scale, "timestep": timestep}
+            out = fn({**args, "input": x, "sigma": timestep, "model": model, "model_options": model_options})
+        return comfy.samplers.cfg_function(model, *out, cond_scale, x, timestep, model_options, cond, uncond)
+
+    def evaluate(args):
+        conds = [args["input_cond"], None]
+        out = comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+        return args["input"] - out[0]
+
+    def outer_sample(executor, *args, **kwargs):
+        before, comfy.samplers.sampling_function = comfy.samplers.sampling_function, sampling_function
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            comfy.samplers.sampling_function = before
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "pack", outer_sample)
+    model.set_model_sampler_cfg_function(evaluate)
+    return model
+
+
 MECHANISMS = {
     "sampling_function replaced, with a state": replaced_sampling_function,
     "sampling_function replaced, pre-CFG functions kept": replaced_with_pre_cfg,
@@ -195,24 +226,55 @@ def test_guidance_that_a_pack_adds_is_limited_too(host, ours, where, sampler):
     assert verdict.kind == harness.EXACT, verdict
 
 
+@pytest.mark.parametrize("sampler", ["euler", "euler_cfg_pp"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_pack_that_evaluates_the_positive_by_itself(host, ours, sampler, before):
+    verdict = judge(host, ours, own_conditional, sampler, before, "conditional only")
+    assert verdict.kind == harness.EXACT and set(verdict.rows) == {BATCH}, verdict
+
+
+def test_what_such_a_pack_evaluates_itself_is_not_evaluated_twice(host, ours, caplog):
+    """Kept, its CFG function goes on: what it would be told of either prediction is not known before it has run."""
+    interval = ours.patch.in_edm_units(ours.Interval(*INTERVAL))
+    plain = own_conditional(harness.tiny_model("sd15"))
+    with caplog.at_level(logging.WARNING):
+        limited = final(ours.patch.patch_model(plain, interval, "keep other patches"))
+    assert torch.equal(limited, final(plain))
+    (said,) = [r.getMessage() for r in caplog.records if "Guidance Interval" in r.getMessage()]
+    assert "without the interval" in said
+
+
+def test_the_guider_with_such_a_pack_on_the_second_model(host):
+    """It has the pack's own answer for the negative, which is the conditional prediction for it."""
+    conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2), "cfg": CFG}
+    first, second = harness.tiny_model("sd15"), harness.loaded_again("sd15", seed=1)
+    packed = harness.run_node(
+        host, "GuidanceIntervalGuider", model=first, model_negative=own_conditional(second), **conds
+    )[0]
+    plain = harness.run_node(host, "GuidanceIntervalGuider", model=first, model_negative=second, **conds)[0]
+    assert torch.equal(final(first, guider=packed), final(first, guider=plain))
+    both = harness.run_node(
+        host, "GuidanceIntervalGuider", model=own_conditional(first), model_negative=second, **conds
+    )[0]
+    with pytest.raises(ValueError, match="model_negative cannot be used with a node pack"):
+        final(first, guider=both)
+
+
+def final(model, cfg=CFG, guider=None):
+    import comfy.samplers
+
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), sigmas_of("sd15", STEPS)
+        return harness.sample(guider or guider_of(model, cfg), sampler, sigmas, harness.empty_latent("sd15", BATCH))
+
+
 def _order(name, before):
     return f"ours, {name}" if before else f"{name}, ours"
 
 
 def test_a_pack_that_cannot_be_asked_is_left_alone_and_the_log_says_so(host, ours, caplog):
-    import comfy.samplers
-
-    def pack(model):
-        return replaced_sampling_function(model, post_cfg=False)
-
     interval = ours.patch.in_edm_units(ours.Interval(*INTERVAL))
-    latent, sigmas = harness.empty_latent("sd15", BATCH), sigmas_of("sd15", STEPS)
-
-    def final(model):
-        with torch.inference_mode():
-            return harness.sample(guider_of(model), comfy.samplers.sampler_object("euler"), sigmas, latent)
-
-    plain = pack(harness.tiny_model("sd15"))
+    plain = replaced_sampling_function(harness.tiny_model("sd15"), post_cfg=False)
     with caplog.at_level(logging.WARNING):
         limited = final(ours.patch.patch_model(plain, interval))
     assert torch.equal(limited, final(plain))
