@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,43 @@ def wheel(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", *args], check=True)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The root of an unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import os, sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as packed:
+        packed.extractall(folder, filter="data")
+    (root,) = (path for path in folder.iterdir() if path.is_dir())
+    return root
+
+
+NOTICES = ("LICENSE", "NOTICE")  # NOTICE names whose drawings the models were trained on.
+
+
+def test_the_wheel_and_the_sdist_carry_the_licence_and_the_notice(wheel, sdist):
+    with zipfile.ZipFile(wheel) as packed:
+        held = {Path(n).name: packed.read(n) for n in packed.namelist() if ".dist-info/licenses/" in n}
+    assert held == {name: (ROOT / name).read_bytes() for name in NOTICES}
+    assert all((sdist / name).read_bytes() == (ROOT / name).read_bytes() for name in NOTICES)
+
+
+def test_all_that_is_imported_is_packed(wheel, sdist, tmp_path, dangling_imports):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    assert dangling_imports(tmp_path / "guidance_interval") == []
+    assert dangling_imports(sdist) == []
+    assert {p.name for p in (sdist / "tune" / "page").iterdir()} == {p.name for p in (ROOT / "tune" / "page").iterdir()}
+
+
+def test_an_import_that_leads_nowhere_is_found(tmp_path, dangling_imports):
+    (tmp_path / "room").mkdir()
+    (tmp_path / "__init__.py").write_text("name = 1\n")
+    (tmp_path / "room" / "__init__.py").write_text("from .. import name, gone\nfrom ..lost.room import x\n")
+    assert dangling_imports(tmp_path) == ["room/__init__.py: gone", "room/__init__.py: lost/room"]
 
 
 def test_the_wheel_holds_the_package_the_model_and_the_command(wheel):

@@ -38,10 +38,15 @@ def packed(tmp_path_factory):
 
 def test_the_package_is_small_and_has_no_tests_and_no_other_models(packed):
     names = {str(p.relative_to(packed)) for p in packed.rglob("*") if p.is_file()}
-    assert {"__init__.py", "lab/emoji.safetensors", "LICENSE", "README.md", "workflows/01_try_it.json"} <= names
+    assert {"__init__.py", "lab/emoji.safetensors", "README.md", "workflows/01_try_it.json"} <= names
+    assert {"LICENSE", "NOTICE"} <= names
     assert [n for n in names if n.endswith(".safetensors")] == ["lab/emoji.safetensors"]
-    assert not [n for n in names if n.startswith(("tests/", "docs/", "benchmarks/", "a1111/"))]
+    assert not [n for n in names if n.startswith(("tests/", "docs/", "benchmarks/", "scripts/"))]
     assert sum(p.stat().st_size for p in packed.rglob("*") if p.is_file()) < 12 * 2**20
+
+
+def test_all_that_is_imported_is_packed(packed, dangling_imports):
+    assert dangling_imports(packed) == []
 
 
 def test_comfyui_loads_it_and_the_demo_model_with_it(host, packed):
