@@ -224,6 +224,18 @@ def test_weights_are_copied_where_they_must_differ_and_nowhere_else(host, caplog
     assert apart.second.model_patcher.model is other.model
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_weights_that_only_one_of_them_injects_into_are_copied(host, side):
+    """What is injected into a module (AnimateDiff's motion model) the other would find there."""
+    from comfy.patcher_extension import PatcherInjection
+
+    base = harness.tiny_model("sd15")
+    models = [base.clone(), base.clone()]
+    models[side].set_injections("pack", [PatcherInjection(inject=lambda patcher: None, eject=lambda patcher: None)])
+    own = harness.our_module(host, "guider").with_own_weights(*models)
+    assert own.model is not base.model
+
+
 def test_what_is_copied_has_no_patches_of_clones_that_are_gone(host):
     """The host takes them off for a clone or its parent, but forgets both when they are collected as a cycle."""
     import comfy.model_management

@@ -312,17 +312,18 @@ def test_a_run_is_told_as_it_was(host, live):
     assert 0 < report["seconds"] <= report["seconds_cfg"]
 
 
-def test_seconds_are_estimated_from_evaluations_that_tell(live):
-    """10 evaluations of 1 s, or 2 s where guided; the first of each kind takes 60 s more."""
-    guided = [False] * 4 + [True] * 3 + [False] * 3
+@pytest.mark.parametrize("guided", [[False] * 4 + [True] * 3 + [False] * 3, [False, False, True, True, False]])
+def test_seconds_are_estimated_from_evaluations_that_tell(live, guided):
+    """Evaluations of 1 s, or 2 s where guided; the first of a kind takes 10 s more, or 60 s."""
     run, clock = live.model_patch.SamplingRun(live.model_patch.GuidanceInterval(1.0, 2.0)), 0.0
     for i, g in enumerate(guided):
         run.evaluations.append((g, run.rows, clock))
         run.rows += 2 if g else 1
-        clock += (2.0 if g else 1.0) + (60.0 if i in (0, 4) else 0.0)
+        clock += (2.0 if g else 1.0) + (0.0 if g in guided[:i] else 60.0 if g else 10.0)
     report = run.report(clock, (run.rows, clock))
-    assert (report["rows"], report["rows_cfg"]) == (13, 20)
-    assert (report["seconds"], report["seconds_cfg"]) == (133.0, 140.0)
+    steps, rows = len(guided), len(guided) + sum(guided)
+    assert (report["rows"], report["rows_cfg"]) == (rows, 2 * steps)
+    assert (report["seconds"], report["seconds_cfg"]) == (rows + 70.0, 2 * steps + 70.0)
     short = live.model_patch.SamplingRun(run.interval, rows=3, evaluations=[(False, 0, 0.0), (True, 1, 1.0)])
     assert short.report(3.0, (3, 3.0))["seconds_cfg"] is None
 
