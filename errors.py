@@ -1,6 +1,15 @@
 """Errors that a person can put right: told in one line. Any other exception is a bug, and keeps its traceback."""
 
 import contextlib
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def quoted(value):
+    """A value as an error quotes it: 80 characters at most, with what a terminal would obey spelled out."""
+    return _short.repr(value)
 
 
 class UserError(ValueError):

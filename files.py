@@ -88,7 +88,7 @@ def sole_use(folder):
         os.close(fd)
 
 
-def output_folder(path):
+def output_folder(path, what="output folder", remedy="choose another one"):
     """Make the folder `path` and return it; raises UserError, naming the path, when it cannot be written to."""
     path = Path(path)
     try:
@@ -100,7 +100,7 @@ def output_folder(path):
             probe.unlink(missing_ok=True)
     except OSError as e:
         reason = "it is a file" if isinstance(e, FileExistsError) else e.strerror
-        raise UserError(f"output folder {str(path)!r} cannot be written to ({reason}); choose another one") from e
+        raise UserError(f"{what} {str(path)!r} cannot be written to ({reason}); {remedy}") from e
     return path
 
 
