@@ -102,7 +102,8 @@ def get_preset(name):
         if key in by_name:
             return by_name[key]
     told = [f"unknown preset {quoted(name)}; there are {', '.join(known)}"]
-    raise ValueError("; ".join(told + [why for key, why in left_out.items() if key in ("", name.casefold())]))
+    told += [left_out[key] for key in dict.fromkeys(("", str(name).casefold().removesuffix(MARK))) if key in left_out]
+    raise ValueError("; ".join(told))
 
 
 def all_presets():

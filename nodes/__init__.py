@@ -267,6 +267,10 @@ class PresetInterval(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, preset=None):
+        return _check(cls, get_preset, preset=preset)  # For one of the user's own that is gone, why it is.
+
+    @classmethod
     def execute(cls, model, preset, cfg=7.0):
         preset = get_preset(preset)
         model = _patched(cls, model, model_patch.in_edm_units(preset.interval()))
