@@ -151,8 +151,8 @@ def parser():
     theirs = "(default: the model's best)"
     demo.add_argument("--weight", type=float, help=f"guidance weight in the interval {theirs}")
     demo.add_argument("--cfg-weight", type=float, help=f"guidance weight of CFG everywhere, its rival {theirs}")
-    demo.add_argument("--sigma-lo", type=float, help=f"guidance begins above this noise level {theirs}")
-    demo.add_argument("--sigma-hi", type=float, help=f"guidance ends at this noise level, inf: open {theirs}")
+    demo.add_argument("--sigma-lo", type=float, help=f"guidance ends at this noise level, 0: never {theirs}")
+    demo.add_argument("--sigma-hi", type=float, help=f"guidance begins at this noise level, inf: at once {theirs}")
     demo.set_defaults(run=run_demo, interrupted="nothing is written")
 
     sweep = commands.add_parser(
@@ -164,8 +164,10 @@ def parser():
     _sampling_arguments(sweep, samples=500)
     _worker_arguments(sweep, "cpu")
     sweep.add_argument("--weight", type=float, nargs="+", default=[1.5, 2.0, 4.0], help="guidance weights")
-    sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="lower bounds")
-    sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
+    sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="where guidance ends, a list")
+    sweep.add_argument(
+        "--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="where guidance begins, a list"
+    )
     sweep.add_argument(
         "--model",
         type=path,
@@ -282,8 +284,8 @@ def parser():
     )
     info.add_argument("--sigma-min", type=float, default=0.0292, help="the schedule's last noise level above 0")
     info.add_argument("--sigma-max", type=float, default=14.6146, help="the schedule's first noise level")
-    info.add_argument("--sigma-lo", type=float, help="an interval of your own, with --sigma-hi")
-    info.add_argument("--sigma-hi", type=float, help="an interval of your own, with --sigma-lo")
+    info.add_argument("--sigma-lo", type=float, help="an interval of your own: where guidance ends")
+    info.add_argument("--sigma-hi", type=float, help="an interval of your own: where guidance begins")
     info.set_defaults(run=run_info, interrupted="nothing is written")
     return p
 
