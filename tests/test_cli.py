@@ -139,7 +139,7 @@ TABLE = {
     "train": {
         "--out": EMPTY
         | {
-            "folder": "'folder' is a folder; name the .safetensors file to write",
+            "folder": "'folder' is a folder or a device; name the file to write",
             "file/model.safetensors": "output folder 'file' cannot be written to (it is a file)",
             "/proc/none/model.safetensors": "output folder '/proc/none' cannot be written to",
         },
