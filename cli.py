@@ -5,14 +5,16 @@ import contextlib
 import errno
 import math
 import os
+import stat
 import sys
+import urllib.parse
 import warnings
 from pathlib import Path
 
 import torch
 
 from . import __version__, noise_level, presets
-from .errors import UserError, user_input
+from .errors import UserError, told, user_input
 from .lab.data import DATA
 from .lab.sampling import MAX_SEED
 from .sampler_patch import GuidanceInterval
@@ -21,6 +23,7 @@ from .sampler_patch import GuidanceInterval
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 MAX_SAMPLES = 100_000  # Variety compares all pairs of a class.
 MAX_STEPS = 10_000
+MAX_TEXT = 2**26  # Bytes of a file that is read as a whole.
 
 
 def main(argv=None):
@@ -34,7 +37,8 @@ def main(argv=None):
         stream.reconfigure(errors="backslashreplace")  # A terminal that lacks a character is no reason to fail.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # By what k-diffusion imports.
     warnings.formatwarning = _format_warning
-    args = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(given)
     try:
         with contextlib.redirect_stdout(_Stdout(sys.stdout) if sys.stdout else None):
             code = args.run(args) or 0
@@ -42,7 +46,7 @@ def main(argv=None):
                 sys.stdout.flush()
         return code
     except UserError as e:
-        return _error(e)
+        return _error(e, given)
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] == __package__:
             raise
@@ -56,21 +60,21 @@ def main(argv=None):
     except OSError as e:
         if e.errno not in MACHINE:
             raise
-        return _error(e)
+        return _error(e, given)
     except KeyboardInterrupt:
         print(f"\nguidance-interval: interrupted; {args.interrupted}", file=sys.stderr)
         return 130
 
 
-def _error(text):
-    print(f"guidance-interval: error: {text}", file=sys.stderr)
+def _error(text, given=()):
+    print(f"guidance-interval: error: {told(text, given)}", file=sys.stderr)
     return 2
 
 
 def _format_warning(message, category, filename, lineno, line=None):
     """Our own warnings are for users and tell no line of code; others stay as they are."""
     if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
-        return f"guidance-interval: warning: {message}\n"
+        return f"guidance-interval: warning: {told(message)}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
@@ -129,6 +133,19 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = args
+        return super().parse_known_args(args, namespace)
+
+    def _get_values(self, action, arg_strings):
+        values = super()._get_values(action, arg_strings)
+        if values == [] and action.nargs is None:  # Python before 3.13 takes `--out=--` so.
+            raise argparse.ArgumentError(action, "expected one argument")
+        return values
+
+    def error(self, message):
+        super().error(told(message, self.given))
+
     def add_argument(self, *names, **kwargs):
         return super().add_argument(*names, **{"action": _Once, **kwargs})
 
@@ -151,8 +168,8 @@ def parser():
     theirs = "(default: the model's best)"
     demo.add_argument("--weight", type=float, help=f"guidance weight in the interval {theirs}")
     demo.add_argument("--cfg-weight", type=float, help=f"guidance weight of CFG everywhere, its rival {theirs}")
-    demo.add_argument("--sigma-lo", type=float, help=f"guidance begins above this noise level {theirs}")
-    demo.add_argument("--sigma-hi", type=float, help=f"guidance ends at this noise level, inf: open {theirs}")
+    demo.add_argument("--sigma-lo", type=float, help=f"guidance ends at this noise level, 0: never {theirs}")
+    demo.add_argument("--sigma-hi", type=float, help=f"guidance begins at this noise level, inf: at once {theirs}")
     demo.set_defaults(run=run_demo, interrupted="nothing is written")
 
     sweep = commands.add_parser(
@@ -164,8 +181,10 @@ def parser():
     _sampling_arguments(sweep, samples=500)
     _worker_arguments(sweep, "cpu")
     sweep.add_argument("--weight", type=float, nargs="+", default=[1.5, 2.0, 4.0], help="guidance weights")
-    sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="lower bounds")
-    sweep.add_argument("--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="upper bounds")
+    sweep.add_argument("--sigma-lo", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="where guidance ends, a list")
+    sweep.add_argument(
+        "--sigma-hi", type=float, nargs="+", default=[1.0, 2.5, 6.0, math.inf], help="where guidance begins, a list"
+    )
     sweep.add_argument(
         "--model",
         type=path,
@@ -207,7 +226,7 @@ def parser():
         help="digits, inception, dinov2 or clip; PATH: weights that are not where their library keeps them",
     )
     measure.add_argument(
-        "--prompts", type=path, metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image"
+        "--prompts", type=text_file, metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image"
     )
     measure.add_argument("--out", type=path, default="out/measure", help="folder for report.json and the picture")
     measure.add_argument(
@@ -224,26 +243,26 @@ def parser():
         epilog="docs/tuning.md walks through it.",
     )
     tune.add_argument(
-        "source", nargs="?", metavar="WORKFLOW", action="store",
+        "source", nargs="?", metavar="WORKFLOW", action="store", type=text_file,
         help="of ComfyUI: exported for the API (.json), or an image that ComfyUI saved (.png); with --a1111 an "
         "image that it saved, for its parameters",
     )  # fmt: skip
     tune.add_argument(
-        "--server", action="append", metavar="URL",
+        "--server", action="append", metavar="URL", type=address,
         help="a ComfyUI that runs the workflow, once for each (default: http://127.0.0.1:8188)",
     )  # fmt: skip
     tune.add_argument(
-        "--a1111", metavar="URL", type=path, help="tune what an Automatic1111 or Forge has loaded instead"
+        "--a1111", metavar="URL", type=address, help="tune what an Automatic1111 or Forge has loaded instead"
     )
     tune.add_argument("--model", choices=["emoji"], help="tune the model that ships instead: offline, in minutes")
-    tune.add_argument("--prompts", type=path, metavar="FILE", help="one prompt on a line, 8 or more")
+    tune.add_argument("--prompts", type=text_file, metavar="FILE", help="one prompt on a line, 8 or more")
     tune.add_argument("--trials", type=count(4, 10_000), default=40, help="settings to try")
     tune.add_argument("--images", type=count(4, 10_000), default=64, help="images a trial may have; it begins with 16")
     tune.add_argument(
         "--reference", type=path, metavar="DIR",
         help="images to come close to: least distance (CMMD) instead of most variety; with --model emoji also `emoji`",
     )  # fmt: skip
-    tune.add_argument("--storage", type=path, metavar="URL", help="a database that several machines share")
+    tune.add_argument("--storage", type=database, metavar="URL", help="a database that several machines share")
     tune.add_argument("--name", type=path, help="of the study; the same on all machines (default: the source's)")
     tune.add_argument("--out", type=path, default="out/tune", help="folder for the images and the report")
     tune.add_argument("--seed", type=count(0, MAX_SEED), default=0, help="which prompts and seeds are drawn")
@@ -259,7 +278,7 @@ def parser():
     train = commands.add_parser("train", help="train a model like those that ship, for `sweep --model`")
     train.add_argument("--data", choices=[*DATA, "emoji"], default="digits", help="what it learns")
     train.add_argument(
-        "--images", type=path, default="out/emoji.npz", help="for emoji: what guidance_interval.lab.emoji wrote"
+        "--images", type=path, help="for emoji: what guidance_interval.lab.emoji wrote (default: out/emoji.npz)"
     )
     train.add_argument("--out", type=path, help="the file to write (default: out/train/DATA.safetensors)")
     train.add_argument("--device", type=device, help="cpu, cuda, ... (default: the GPU, or cpu)")
@@ -282,8 +301,8 @@ def parser():
     )
     info.add_argument("--sigma-min", type=float, default=0.0292, help="the schedule's last noise level above 0")
     info.add_argument("--sigma-max", type=float, default=14.6146, help="the schedule's first noise level")
-    info.add_argument("--sigma-lo", type=float, help="an interval of your own, with --sigma-hi")
-    info.add_argument("--sigma-hi", type=float, help="an interval of your own, with --sigma-lo")
+    info.add_argument("--sigma-lo", type=float, help="an interval of your own: where guidance ends")
+    info.add_argument("--sigma-hi", type=float, help="an interval of your own: where guidance begins")
     info.set_defaults(run=run_info, interrupted="nothing is written")
     return p
 
@@ -336,6 +355,34 @@ def path(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return text
+
+
+def text_file(text):
+    """An argparse type: a path, but not of what would be read for ever, such as a pipe."""
+    with contextlib.suppress(OSError, ValueError):  # What is not there is told where it is opened.
+        found = os.stat(path(text))
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise argparse.ArgumentTypeError(f"{text!r} is a pipe or a device, not a file")
+        if found.st_size > MAX_TEXT:
+            raise argparse.ArgumentTypeError(f"{text!r} has {found.st_size:,} bytes, more than {MAX_TEXT:,}")
+    return path(text)
+
+
+def address(text):
+    """An argparse type: a URL, as far as that can be told without asking it."""
+    try:
+        urllib.parse.urlsplit(text if "//" in text else f"http://{text}").port  # noqa: B018
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address; give one like http://127.0.0.1:8188") from e
+    return path(text)
+
+
+def database(text):
+    """An argparse type: the URL of a database, but for one in memory, which ends with the command."""
+    scheme, _, where = text.partition("://")
+    if scheme.partition("+")[0] == "sqlite" and (where.strip("/") in ("", ":memory:") or "mode=memory" in where):
+        raise argparse.ArgumentTypeError(f"{text!r} is in memory and would be lost; give a file: sqlite:///study.db")
+    return path(text)
 
 
 def device(text):
@@ -453,7 +500,9 @@ def run_train(args):
         donor=args.classifier,
     )
     if args.data == "emoji":
-        train_emoji.run(args.images, **options)
+        train_emoji.run(args.images or "out/emoji.npz", **options)
+    elif args.images is not None:
+        raise UserError(f"--images is for --data emoji, and {args.data!r} brings its own; leave it out")
     else:
         train.run(args.data, **options)
 

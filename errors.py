@@ -1,6 +1,33 @@
 """Errors that a person can put right: told in one line. Any other exception is a bug, and keeps its traceback."""
 
 import contextlib
+import re
+import reprlib
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+MOST = 1000  # Characters of an error that is told.
+
+
+def quoted(value):
+    """A value as an error quotes it: 80 characters at most, with what a terminal would obey spelled out."""
+    return _short.repr(value)
+
+
+def told(error, given=()):
+    """An error as a terminal may show it: on one line and not too long.
+
+    given: what a person typed. Where the error repeats it, what is long is shortened, and the passwords of addresses
+    are left out.
+    """
+    text = str(error)
+    for value in [part for typed in given for part in (typed, typed.partition("=")[2])]:
+        for secret in re.findall(r"(?<=://).+@", value):
+            text, value = text.replace(secret, ""), value.replace(secret, "")
+        if len(value) > _short.maxstring:
+            text = text.replace(repr(value), quoted(value)).replace(value, quoted(value)[1:-1])
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= MOST else f"{text[: MOST - 200]} ... {text[-195:]}"
 
 
 class UserError(ValueError):

@@ -1,7 +1,10 @@
 """What the commands write: files that appear whole or not at all, and tables that read well in a terminal too."""
 
 import contextlib
+import io
 import os
+import shutil
+import sys
 from pathlib import Path
 
 from .errors import UserError
@@ -20,7 +23,7 @@ def atomic_path(path):
     that is to write the same file at the same time waits. Raises UserError, naming the path, when it cannot be
     written, on a full disk for one.
     """
-    path = Path(path)
+    path = _no_device(path)
     tmp = path.with_name(f".{path.name}.tmp")
     try:
         with _one_writer(tmp):
@@ -88,7 +91,7 @@ def sole_use(folder):
         os.close(fd)
 
 
-def output_folder(path):
+def output_folder(path, what="output folder", remedy="choose another one"):
     """Make the folder `path` and return it; raises UserError, naming the path, when it cannot be written to."""
     path = Path(path)
     try:
@@ -100,7 +103,22 @@ def output_folder(path):
             probe.unlink(missing_ok=True)
     except OSError as e:
         reason = "it is a file" if isinstance(e, FileExistsError) else e.strerror
-        raise UserError(f"output folder {str(path)!r} cannot be written to ({reason}); choose another one") from e
+        raise UserError(f"{what} {str(path)!r} cannot be written to ({reason}); {remedy}") from e
+    return path
+
+
+def output_file(path):
+    """Return the path of a file to be written, in a folder that is made; raises UserError when that cannot be."""
+    path = _no_device(path)
+    output_folder(path.parent)
+    return path
+
+
+def _no_device(path):
+    path = Path(path)
+    with contextlib.suppress(OSError):  # Which is told when it is opened.
+        if path.exists() and not path.is_file():  # What moves there would take the place of /dev/null.
+            raise UserError(f"{str(path)!r} is a folder or a device; name the file to write")
     return path
 
 
@@ -115,3 +133,20 @@ def aligned(head, body):
 
     rule = "| " + " | ".join(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]) + " |"
     return "\n".join([line(head), rule, *map(line, body)])
+
+
+def printed(head, body):
+    """The table for standard output: as `aligned`, but for a terminal that is too narrow, where cells take lines."""
+    text, width = aligned(head, body), shutil.get_terminal_size().columns
+    if sys.stdout is None or not sys.stdout.isatty() or text.index("\n") <= width:
+        return text
+    from rich import box, console, table
+
+    wrapped = table.Table(box=box.ASCII2, show_lines=True, padding=0)
+    for i, title in enumerate(head):
+        wrapped.add_column(title, justify="right" if i else "left", overflow="fold")
+    for row in body:
+        wrapped.add_row(*map(str, row))
+    screen = console.Console(file=io.StringIO(), width=width, markup=False, highlight=False, emoji=False)
+    screen.print(wrapped)
+    return screen.file.getvalue().rstrip("\n")

@@ -29,7 +29,10 @@ from .sampler_patch import GuidanceInterval
 def _float64(value):
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", torch.float64)
-    return torch.as_tensor(value, dtype=torch.float64)
+    try:
+        return torch.as_tensor(value, dtype=torch.float64)
+    except OverflowError as e:
+        raise ValueError("a noise level is larger than a float can be") from e
 
 
 def _conversion(low, high):

@@ -3,11 +3,14 @@
 An interval without a source does not belong here; of the user's own it is the study that measured it.
 """
 
-import json
+import contextlib
 import logging
+import math
 import os
 import re
+import stat
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 try:
@@ -18,8 +21,8 @@ except ImportError:  # Python 3.10.
     except ImportError:
         tomllib = None  # The user's own are not listed then.
 
-from .errors import UserError
-from .files import atomic_path
+from .errors import UserError, quoted
+from .files import atomic_path, output_folder
 from .noise_level import rescale_sigma
 from .sampler_patch import GuidanceInterval
 
@@ -92,12 +95,15 @@ PRESETS = {
 
 def get_preset(name):
     """The preset of that name, published or the user's own; raises ValueError, with those there are, for another."""
-    known = all_presets()
-    by_name = {key.casefold(): preset for key, preset in known.items()}  # X/Y/Z plot's are in any case.
+    mine, left_out = _my_presets()
+    known = PRESETS | {f"{key}{MARK}": preset for key, preset in mine.items()}
+    by_name = {key.casefold(): preset for key, preset in known.items()}
     for key in (str(name).casefold(), f"{name}{MARK}".casefold()):
         if key in by_name:
             return by_name[key]
-    raise ValueError(f"unknown preset {name!r}; there are {', '.join(known)}")
+    told = [f"unknown preset {quoted(name)}; there are {', '.join(known)}"]
+    told += [left_out[key] for key in dict.fromkeys(("", str(name).casefold().removesuffix(MARK))) if key in left_out]
+    raise ValueError("; ".join(told))
 
 
 def all_presets():
@@ -106,12 +112,16 @@ def all_presets():
 
 
 # ----------------------------------------------------------------------------
-# The user's own, each with the study that measured it.
+# The user's own, each with the study that measured it. Names that differ in case alone are one name.
 
 MARK = " (measured by you)"
 NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")
-FIELDS = {"model": str, "sigma_lo": float, "sigma_hi": float, "weight": float, "weight_everywhere": float}
+NUMBERS = ("sigma_lo", "sigma_hi", "weight", "weight_everywhere")
+TEXTS = ("model", "objective", "study", "date", "said")
+MAX_NAME, MAX_TEXT, MAX_FILE = 60, 1000, 2**18
+WAIT = 10  # Seconds, for another process that saves.
 log = logging.getLogger(__name__)
+_told = set()
 
 
 def my_file():
@@ -119,79 +129,198 @@ def my_file():
     if chosen := os.environ.get("GUIDANCE_INTERVAL_PRESETS"):
         return Path(chosen)
     windows = os.environ.get("APPDATA") if os.name == "nt" else None
-    folder = windows or os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    folder = windows or os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(folder) / "guidance-interval" / "presets.toml"
 
 
 def my_presets():
-    """`{marked name: Preset}`; what cannot be read is told in the log and left out: a host goes on without it."""
-    try:
-        return {f"{name}{MARK}": _mine(name, entry) for name, entry in _read_mine().items()}
-    except UserError as e:
-        log.warning("Guidance Interval: %s", e)
-        return {}
+    """`{marked name: Preset}`; what does not do is told in the log, once, and left out: a host goes on without it."""
+    mine, left_out = _my_presets()
+    for why in left_out.values():
+        if why not in _told:
+            log.warning("Guidance Interval: %s", why)
+            _told.add(why)
+    return {f"{name}{MARK}": preset for name, preset in mine.items()}
 
 
 def check_name(name):
     """Return `name` if a preset of the user's may have it; raises UserError."""
-    if not NAME.fullmatch(name) or name in PRESETS:
-        why = "is a published one" if name in PRESETS else "is no name for a preset"
-        raise UserError(f"--save {name!r} {why}; take letters, digits, . + - _ and single spaces, such as mine")
+    try:
+        _check_name(name)
+    except ValueError as e:
+        raise UserError(f"--save {e}") from e
     if tomllib is None:
         raise UserError("--save needs the package tomli under Python 3.10; run: pip install tomli")
     return name
 
 
+def check_writable():
+    """Raise UserError unless `save_mine` could write now: to be asked before work that takes long."""
+    with _own_file():
+        pass
+
+
 def save_mine(name, entry):
-    """Add or replace the preset `name` in the user's file, and return the file.
+    """Add the preset `name` to the user's file, in place of one of that name in any case, and return the file.
 
     entry: model, sigma_lo, sigma_hi, weight and weight_everywhere, and whatever else tells where they come from, of
-    strings, numbers, lists of numbers and one level of tables of them. Raises UserError when the file cannot be read or
-    written; it is then as it was.
+    what TOML holds. All else in the file stays as it is; two processes that save take turns. Raises UserError when the
+    entry does not do, or the file cannot be read or written; it is then as it was.
     """
-    _mine(check_name(name), entry)
-    known = _read_mine() | {name: entry}
-    file = my_file()
+    entry = {k: _printable(v) if isinstance(v, str) else v for k, v in entry.items()}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{str(file)!r} cannot be written ({e.strerror}); set GUIDANCE_INTERVAL_PRESETS") from e
-    with atomic_path(file) as tmp:
-        tmp.write_text("\n".join(_toml([key], table) for key, table in known.items()), encoding="utf-8")
-    return file
+        _preset(check_name(name), entry)
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"the preset {name!r} cannot be saved: {e}") from e
+    with _own_file() as (file, document):
+        for same in [key for key in document if key.casefold() == name.casefold()]:
+            del document[same]
+        document[name] = entry
+        with atomic_path(file) as tmp:
+            tmp.write_text(document.as_string(), encoding="utf-8")
+    return my_file()
 
 
-def _read_mine():
-    file = my_file()
-    if not file.is_file():
-        return {}
-    if tomllib is None:
-        raise UserError(f"{str(file)!r} is not read: under Python 3.10 that needs the package tomli")
+@contextlib.contextmanager
+def _own_file():
+    """(path, tomlkit's document) of the user's file, which no other process writes meanwhile."""
+    import filelock
+    import tomlkit
+
+    file = Path(os.path.realpath(my_file()))  # Where it is a link, what it leads to is written.
+    output_folder(file.parent, "folder of presets", "set GUIDANCE_INTERVAL_PRESETS to a file elsewhere")
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"the presets file {str(file)!r} cannot be read ({e}); put it right, or remove it") from e
-
-
-def _mine(name, entry):
-    try:
-        values = {key: kind(entry[key]) for key, kind in FIELDS.items()}
-        GuidanceInterval(values["sigma_lo"], values["sigma_hi"])
-    except (KeyError, TypeError, ValueError) as e:
+        lock = filelock.FileLock(file.with_name(f".{file.name}.lock")).acquire(timeout=WAIT)
+    except (filelock.Timeout, NotImplementedError, OSError) as e:
+        why = "another process writes it" if isinstance(e, filelock.Timeout) else e
         raise UserError(
-            f"the preset {name!r} in {str(my_file())!r} does not do ({e}); put it right, or remove it"
+            f"the presets file {str(my_file())!r} cannot be locked ({why}); try again, or set GUIDANCE_INTERVAL_PRESETS"
         ) from e
-    metric, told = entry.get("objective"), [f"study {entry['study']!r}"] if "study" in entry else []
-    told += [str(entry[key]) for key in ("date", "said") if key in entry]
-    return Preset(name=name, sigma_data=1.0, metric=metric, source="measured by you: " + ", ".join(told), **values)
+    with lock:
+        try:
+            document = tomlkit.parse(_read())
+        except (UserError, RecursionError, ValueError) as e:
+            raise _unreadable(e) from e
+        yield file, document
 
 
-def _toml(path, table):
-    """A table in TOML. JSON's strings, numbers and lists of numbers are also TOML's, but for infinity."""
-    head = "[" + ".".join(json.dumps(part, ensure_ascii=False) for part in path) + "]\n"
-    plain = {k: v for k, v in table.items() if not isinstance(v, dict)}
-    lines = [f"{json.dumps(k)} = {json.dumps(v, ensure_ascii=False).replace('Infinity', 'inf')}\n"
-             if not isinstance(v, str) else f"{json.dumps(k)} = {json.dumps(v, ensure_ascii=False)}\n"
-             for k, v in plain.items()]  # fmt: skip
-    inner = [_toml([*path, k], v) for k, v in table.items() if isinstance(v, dict)]
-    return head + "".join(lines) + "".join(inner)
+def _read():
+    """The text of the user's file, "" where there is none; raises UserError."""
+    file = my_file()
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE:
+            raise ValueError(f"it is no file of at most {MAX_FILE:,} bytes")
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as e:
+        raise _unreadable(e) from e
+
+
+def _unreadable(error):
+    """The UserError for what reading the user's file raised."""
+    if isinstance(error, UserError):
+        return error
+    why = error.strerror if isinstance(error, OSError) else _why(error)
+    return UserError(f"the presets file {str(my_file())!r} cannot be read ({why}); put it right, or remove it")
+
+
+def _why(error):
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _my_presets():
+    """`{name: Preset}` of those that do, and of the others `{name without case: why not}`, "" for the whole file."""
+    try:
+        tables, broken = _tables(_read())
+    except UserError as e:
+        return {}, {"": str(e)}
+    mine = {}
+    for name, table in tables.items():
+        try:
+            _check_name(name)
+            if name.casefold() in map(str.casefold, mine):
+                raise ValueError("the file has that name already, if case is left aside")
+            mine[name] = _preset(name, table)
+        except ValueError as e:
+            broken[name] = str(e)
+    where = f"in {str(my_file())!r} is left out"
+    return mine, {
+        name.casefold(): f"the preset {quoted(name)} {where} ({why}); put it right, or remove it"
+        for name, why in broken.items()
+    }
+
+
+def _tables(text):
+    """`{name: value}` of a file in TOML, and `{name: why}` of what cannot be read, which hides only itself."""
+    if not text.strip():
+        return {}, {}
+    if tomllib is None:
+        raise UserError(f"{str(my_file())!r} is not read: under Python 3.10 that needs the package tomli")
+    with contextlib.suppress(RecursionError, ValueError):
+        return tomllib.loads(text), {}
+    parts, tables, broken = {}, {}, {}
+    for part in re.split(r"^(?=[ \t]*\[)", text, flags=re.MULTILINE):
+        name = part.partition("\n")[0].strip()
+        with contextlib.suppress(RecursionError, ValueError):
+            (name,) = tomllib.loads(name)  # Of "mine" and of "mine.difference".
+        parts[name] = parts.get(name, "") + part
+    for name, part in parts.items():
+        try:
+            tables |= tomllib.loads(part)
+        except (RecursionError, ValueError) as e:
+            broken[name] = _why(e)
+    return tables, broken
+
+
+def _check_name(name):
+    """Raise ValueError unless a preset of the user's may be called so."""
+    if name.casefold() in PRESETS:
+        raise ValueError(f"{quoted(name)} is a published one; take another name")
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME:
+        raise ValueError(
+            f"{quoted(name)} is no name for a preset; take letters, digits, . + - _ and single spaces, at most "
+            f"{MAX_NAME} of them, such as mine"
+        )
+
+
+def _preset(name, entry):
+    """The Preset of an entry of the user's file; raises ValueError, which says what of it does not do."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"it must be a table of model, {', '.join(NUMBERS)}, got {quoted(entry)}")
+    if missing := [key for key in ("model", *NUMBERS) if key not in entry]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    lo, hi, weight, everywhere = (_number(key, entry[key]) for key in NUMBERS)
+    GuidanceInterval(lo, hi)
+    for key, value in zip(NUMBERS[2:], (weight, everywhere), strict=True):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{key} must be a number above 0, got {value:g}")
+    told = {key: _text(key, entry[key]) for key in TEXTS if key in entry}
+    source = [f"study {told['study']!r}"] if "study" in told else []
+    source += [told[key] for key in ("date", "said") if key in told]
+    return Preset(
+        name=name, model=told["model"], sigma_lo=lo, sigma_hi=hi, sigma_data=1.0, weight=weight,
+        weight_everywhere=everywhere, metric=told.get("objective"), source="measured by you: " + ", ".join(source),
+    )  # fmt: skip
+
+
+def _number(key, value):
+    with contextlib.suppress(OverflowError):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    raise ValueError(f"{key} must be a number, got {quoted(value)}")
+
+
+def _text(key, value):
+    text = str(value) if isinstance(value, (str, date)) else ""
+    if not text or len(text) > MAX_TEXT or not text.isprintable():
+        raise ValueError(f"{key} must be text of at most {MAX_TEXT} characters on one line, got {quoted(value)}")
+    return text
+
+
+def _printable(text):
+    """A text of others, such as a file's name, as `_text` takes it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_TEXT]) or "?"

@@ -35,11 +35,15 @@ class GuidanceInterval:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-            if math.isnan(value):
+            try:
+                number = float(value)
+            except OverflowError as e:
+                raise ValueError(f"{name} is larger than a float can be; inf leaves sigma_hi open") from e
+            if math.isnan(number):
                 raise ValueError(f"{name} is NaN; give 0 <= sigma_lo < sigma_hi (inf leaves sigma_hi open)")
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value!r}; noise levels start at 0")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, number)
         if self.sigma_lo >= self.sigma_hi:
             raise ValueError(
                 f"sigma_lo must be below sigma_hi, got sigma_lo={self.sigma_lo!r} and sigma_hi={self.sigma_hi!r}; "
@@ -75,9 +79,9 @@ class GuidanceInterval:
         used = bool(self.mask(sigmas).any())
         if not used:
             levels = sigmas[sigmas > 0]
+            span = f", sigma {levels.max():.4g} to {levels.min():.4g}," if len(levels) else ""
             warnings.warn(
-                f"no step of the schedule, sigma {levels.max():.4g} to {levels.min():.4g}, lies in the guidance "
-                f"interval {self}: nothing will be guided",
+                f"no step of the schedule{span} lies in the guidance interval {self}: nothing will be guided",
                 stacklevel=2,
             )
         return used
@@ -189,7 +193,7 @@ class CFGDenoiser(nn.Module):
         _check(cond, uncond, batch)
         weights, weight = _weights(cond_scale, x)
         guided = self.interval.guided_rows(sigma) if self.plan is None else [self._guided_step(sigma)] * batch
-        guided = [g and w != 1 for g, w in zip(guided, weights, strict=True)]
+        guided = [g and not math.isclose(w, 1.0) for g, w in zip(guided, weights, strict=True)]  # As ComfyUI judges.
         num_guided = sum(guided)
         self.rows += batch + num_guided
         self.evaluations += 1
@@ -222,12 +226,14 @@ def _heun_plan(interval, sigmas):
     """`[(sigma, guided)]` of each evaluation of Heun's method: a step's second one keeps the decision of the first."""
     try:
         sigmas = torch.as_tensor(sigmas).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise TypeError(f"sigmas must be a tensor, an array or a list of noise levels, got {_describe(sigmas)}") from e
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas must be 1-D, at least 2 noise levels, got shape {list(sigmas.shape)}")
-    interval.warn_if_unused(sigmas[:-1])
     levels, guided = sigmas.tolist(), interval.guided_rows(sigmas)
+    if not all(level > 0 for level in levels[:-1]):  # NaN is not either.
+        raise ValueError(f"sigmas must be above 0, but for the last one, got {reprlib.repr(levels)}")
+    interval.warn_if_unused(sigmas[:-1])
     plan = [(level, g) for start, end, g in zip(levels, levels[1:], guided, strict=False) for level in (start, end)]
     return plan if levels[-1] > 0 else plan[:-1]  # Heun's method takes no second evaluation at 0.
 
@@ -285,12 +291,15 @@ def _check(cond, uncond, batch, where=""):
 def _weights(cond_scale, x):
     """The weight of each row as a list, and as what to multiply with: a number, or a tensor [B, 1, ...]."""
     if isinstance(cond_scale, (int, float)):
-        weight = float(cond_scale)
+        try:
+            weight = float(cond_scale)
+        except OverflowError:  # An integer of hundreds of digits.
+            weight = math.inf
         weights = [weight] * len(x)
     else:
         try:  # In the precision in which torch multiplies x with a number, so that the rows come out as with one.
             weight = torch.as_tensor(cond_scale, dtype=torch.promote_types(x.dtype, torch.float32))
-        except (TypeError, ValueError, RuntimeError) as e:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as e:
             raise TypeError(f"cond_scale must be a number or one per row, got {_describe(cond_scale)}") from e
         if weight.shape not in ((), (len(x),)):
             raise ValueError(f"cond_scale must be a number or {len(x)}, one per row, got {_describe(cond_scale)}")

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..errors import UserError, user_input
-from ..files import aligned, atomic_path, output_folder, sole_use
+from ..files import aligned, atomic_path, output_folder, printed, sole_use
 from ..sampler_patch import GuidanceInterval
 from . import compare, data, model, plots
 from .sampling import BATCH, Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
@@ -122,7 +122,7 @@ def run(out, samples, seed, device, name="emoji", sampler=None, steps=None, weig
         )  # fmt: skip
         with atomic_path(out / "report.json") as tmp:
             tmp.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(runs if math.isnan(real.scores.fd) else [real, *runs]), "", *found, sep="\n")
+    print(table(runs if math.isnan(real.scores.fd) else [real, *runs], printed), "", *found, sep="\n")
     print(f"\nwrote grid.png, tradeoff.png, schedule.png and report.json to {out}")
     return report
 
@@ -230,8 +230,8 @@ def change(value, base):
     return f"{abs(ratio - 1):.1%} {'higher' if ratio > 1 else 'lower'}"
 
 
-def table(runs):
-    """The runs as a Markdown table, which reads well in a terminal too."""
+def table(runs, form=aligned):
+    """The runs as a table, Markdown or of another form, such as `files.printed`."""
     judges = 1 if all(math.isnan(r.scores.class_fd) for r in runs) else 2
     head = [
         "setting",
@@ -255,7 +255,7 @@ def table(runs):
     if judges == 1:
         head, body = head[:3] + head[4:], [row[:3] + row[4:] for row in body]
     note = "The fewer the images, the higher a distance is, whatever the setting: compare rows of as many images."
-    return aligned(head, body) + ("\n" + note if len({r.drawn.num for r in runs}) > 1 else "")
+    return form(head, body) + ("\n" + note if len({r.drawn.num for r in runs}) > 1 else "")
 
 
 def _with_ends(value, low, high):

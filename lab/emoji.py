@@ -8,12 +8,15 @@ Skin tones are left out, and so are drawings whose name is not a Unicode label o
 import argparse
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
 import unicodedata
+import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -37,6 +40,7 @@ SETS = {  # Style: (package, licence, author)
 SOURCE = "; ".join(f"{package} ({licence}, {author})" for package, licence, author in SETS.values())
 SHORT_NAMES = ("cldr", "emojibase", "github", "joypixels")
 AT_LEAST = 8  # Images of a subgroup; smaller ones (skin tones, hair styles) are left out.
+PER_IMAGE = {"images", "labels", "names", "styles", "held_out"}  # Arrays; the others are of classes and names.
 HELD_OUT = 10  # Each tenth name, whoever drew it, is kept out of training.
 
 
@@ -139,13 +143,20 @@ def render(resvg_py, body, box):
 
 def load(path):
     """The arrays that `draw` wrote, as a dict. Raises UserError, naming the command, if there are none."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"{str(path)!r} does not exist; draw the emoji with: python -m guidance_interval.lab.emoji --out {path}"
-        )
-    with np.load(path) as arrays:
-        return dict(arrays)
+    draw = f"draw the emoji with: python -m guidance_interval.lab.emoji --out {path}"
+    if not os.path.isfile(path):
+        raise UserError(f"{str(path)!r} {'is no file' if os.path.exists(path) else 'does not exist'}; {draw}")
+    try:
+        with np.load(path) as arrays:
+            found = dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{str(path)!r} is not what that command writes ({e or type(e).__name__}); {draw}") from e
+    if missing := (PER_IMAGE | {"classes", "name_list"}) - found.keys():
+        raise UserError(f"{str(path)!r} lacks {', '.join(sorted(missing))}; {draw}")
+    num, *shape = found["images"].shape or (0,)
+    if shape != [3, IMAGE_SIZE, IMAGE_SIZE] or any(found[key].shape[:1] != (num,) for key in PER_IMAGE):
+        raise UserError(f"{str(path)!r} holds no images of {IMAGE_SIZE} by {IMAGE_SIZE} with their labels; {draw}")
+    return found
 
 
 def main(argv=None):

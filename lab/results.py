@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..files import aligned, atomic_path, output_folder
+from ..files import aligned, atomic_path, output_file, output_folder
 from ..measure import metrics
 from ..noise_level import steps_to_interval
 from ..sampler_patch import GuidanceInterval
@@ -542,11 +542,12 @@ def run(quick=False, only=None, out=None, page_path=None, devices=None, cluster=
     workers.check(devices, cluster)
     scale = QUICK if quick else FULL
     out = output_folder(out or Path("out") / ("results-quick" if quick else "results"))
-    target = Path(page_path or (out / "results.md" if quick else "docs/results.md"))
+    target = output_file(page_path or (out / "results.md" if quick else "docs/results.md"))
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    if not cluster and not devices:
+    if not devices:
         # One process leaves a GPU waiting for its next launch: as many as there are cores to launch from.
-        devices = [here] * max(1, min(14, (os.cpu_count() or 1) - 2)) if here == "cuda" else [here]
+        several = max(1, min(14, (os.cpu_count() or 1) - 2)) if here == "cuda" else 1
+        devices = [] if cluster else [here] * several
     pictures = output_folder(target.with_suffix(""))
     begin = time.time()
 

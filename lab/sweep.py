@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import UserError, user_input
-from ..files import aligned, atomic_path, output_folder
+from ..files import aligned, atomic_path, output_folder, printed
 from ..sampler_patch import GuidanceInterval
 from . import compare, model, plots, workers
 from .sampling import Setting, check_seed, check_weight, evaluations, get_sampler, sample
@@ -227,9 +228,20 @@ def load_lab(source, device):
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError) as e:  # A relative name is a TypeError.
         raise UserError(f"model {source!r} cannot be loaded ({e}); is its folder on PYTHONPATH?") from e
-    if not callable(make):
-        raise UserError(f"model {source!r} is not a function: it is called with a device and returns a lab.model.Lab")
+    if not callable(make) or not _takes_a_device(make):
+        raise UserError(
+            f"model {source!r} is not a function of one's own: it is called with a device and returns a lab.model.Lab"
+        )
     return model.check_lab(make(device), source)
+
+
+def _takes_a_device(function):
+    """Whether it is one of Python that can be called so; of those that are built in none gives a lab."""
+    try:
+        inspect.signature(function).bind("cpu")
+    except (TypeError, ValueError):
+        return False
+    return not inspect.isbuiltin(function)
 
 
 def measured_by(lab):
@@ -335,7 +347,7 @@ def complete(stores, cells, devices=("cpu",), cluster=None):
     _tell_alike(cells)
     done = total - sum(map(len, alike.values()))
     todo = {(job, same[0]): same for (job, _), same in alike.items()}
-    if len(devices) > 1:  # The longest first, so that no worker is left with one while the others are done.
+    if cluster or len(devices) > 1:  # The longest first, so that no worker is left with one while the others are done.
         longest = sorted(todo, key=lambda at: at[0].samples * rows_per_sample(*at), reverse=True)
         todo = {at: todo[at] for at in longest}
     work = sum(job.samples * rows_per_sample(job, cell) for job, cell in todo)
@@ -401,8 +413,8 @@ def frontier(results):
     return compare.front({cell: (r.scores.accuracy, r.scores.fd) for cell, r in results.items()})
 
 
-def table(results):
-    """The cells as a Markdown table, by weight and interval; `*` marks those of the frontier."""
+def table(results, form=aligned):
+    """The cells as a table, by weight and interval; `*` marks those of the frontier. form: as for `demo.table`."""
     best, body = set(frontier(results)), []
     for cell in sorted(results):
         s = results[cell].scores
@@ -413,15 +425,14 @@ def table(results):
         variety = "n/a" if math.isnan(s.variety) else f"{s.variety:.3f}"  # A class has fewer than two samples.
         body.append([where, f"{cell.weight:g}", fd, f"{s.accuracy:.1%}", variety, cost, star])
     head = ["interval", "weight", "1000 FD [95 % interval]", "accuracy", "variety", "rows", "frontier"]
-    return aligned(head, body)
+    return form(head, body)
 
 
 def write(out, results):
     """Print the table; write sweep.md, heatmaps.png and frontier.png to the folder `out`."""
-    text = table(results)
-    print(text)
+    print(table(results, printed))
     with atomic_path(out / "sweep.md") as tmp:
-        tmp.write_text(text + "\n")
+        tmp.write_text(table(results) + "\n")
     plots.heatmaps(out / "heatmaps.png", results)
     plots.frontier(out / "frontier.png", results, frontier(results))
     print(f"\nwrote sweep.md, heatmaps.png and frontier.png to {out}; sweep.sqlite there holds every cell")

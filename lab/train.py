@@ -9,14 +9,13 @@ import copy
 import json
 import platform
 import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import trange
 
 from ..errors import UserError
-from ..files import output_folder
+from ..files import output_file
 from . import data, model, networks
 
 UNET = dict(channels=(32, 128), mid_blocks=2, emb=128, dropout=0.1)
@@ -106,10 +105,7 @@ def run(data_name, out, device, steps, batch, lr, seed, classifier_steps, donor=
     donor: a model file whose classifier is taken instead of training one. Raises UserError for a file that cannot
     be read or written, before anything is trained, and for a loss that is not finite.
     """
-    out, device = Path(out), torch.device(device)
-    output_folder(out.parent)
-    if out.is_dir():
-        raise UserError(f"{str(out)!r} is a folder; name the .safetensors file to write")
+    out, device = output_file(out), torch.device(device)
     donor = None if donor is None else model.load(donor, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images, labels = data.DATA[data_name]()

@@ -9,14 +9,13 @@ safetensors file; the images themselves do not, but for a strip of thumbnails.
 import copy
 import platform
 import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import trange
 
 from ..errors import UserError
-from ..files import output_folder
+from ..files import output_file
 from . import data, emoji, model, networks
 from .scores import class_spread
 from .train import augment
@@ -135,8 +134,7 @@ def run(data_path, out, device, steps, batch, lr, seed, classifier_steps, donor=
     donor: a model file whose judges are taken instead of training them: distances compare then. Raises UserError for
     a file that cannot be read or written, before anything is trained.
     """
-    out, device = Path(out), torch.device(device)
-    output_folder(out.parent)
+    out, device = output_file(out), torch.device(device)
     arrays = emoji.load(data_path)
     donor = None if donor is None else model.load(donor, device)
     if donor is not None and donor.config.get("classes") != arrays["classes"].tolist():

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 
 from .. import __version__
 from ..errors import UserError
-from ..files import aligned, atomic_path, output_folder
+from ..files import atomic_path, output_folder, printed
 from . import metrics
 from .features import Pixels
 from .folder import CORRUPT, FORMAT, SUFFIXES, UNREADABLE, Folder, Rows, decode, first_line
@@ -178,7 +178,7 @@ def _read_prompts(path, extractors, folders):
         prompts = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"prompts {str(path)!r} cannot be read ({e.strerror})") from e
-    except ValueError as e:  # Of JSON, or of the encoding.
+    except (ValueError, RecursionError) as e:  # Of JSON, or of the encoding.
         raise UserError(f"prompts {str(path)!r} is not JSON in UTF-8 ({first_line(e)}); write {PROMPTS}") from e
     if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
         raise UserError(f"prompts {str(path)!r} must be one JSON object of texts; write {PROMPTS}")
@@ -357,7 +357,7 @@ def show(estimate):
 
 
 def tables(folders, found, extractors):
-    """Markdown tables, which read well in a terminal too: one row per folder, the reference first."""
+    """What is printed of all metrics: one row per folder, the reference first."""
     lines = []
     for kind in (*[e.name for e in extractors], "pixels"):
         for table in TABLES:
@@ -368,7 +368,7 @@ def tables(folders, found, extractors):
                 if any(c in results[kind] for c in columns)
             ]
             if body:
-                lines += ["", aligned([kind, "images", *(TITLES[c] for c in columns)], body)]
+                lines += ["", printed([kind, "images", *(TITLES[c] for c in columns)], body)]
     return "\n".join(lines[1:])
 
 

@@ -51,12 +51,12 @@ def _sigma(name, default, tip):
 
 
 def _sigma_lo():
-    tip = "Guidance stops below this noise level: the last, low-noise steps run without it. 0 or -1: no lower bound."
+    tip = "Guidance ends at this noise level: the last, low-noise steps run without it. 0 or -1: no lower bound."
     return _sigma("sigma_lo", 0.28, tip)
 
 
 def _sigma_hi():
-    tip = "Guidance starts at this noise level: the first, noisiest steps run without it. -1: no upper bound."
+    tip = "Guidance begins at this noise level: the first, noisiest steps run without it. -1: no upper bound."
     return _sigma("sigma_hi", 5.42, tip)
 
 
@@ -182,7 +182,7 @@ class PercentInterval(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Guidance starts here: 0 is the first step, pure noise. 0.186 is sigma 5.42 for SD1.5 "
+                    tooltip="Guidance begins here: 0 is the first step, pure noise. 0.186 is sigma 5.42 for SD1.5 "
                     "and SDXL.",
                 ),
                 io.Float.Input(
@@ -281,6 +281,10 @@ class PresetInterval(io.ComfyNode):
             ],
             hidden=LIVE,
         )
+
+    @classmethod
+    def validate_inputs(cls, preset=None):
+        return _check(cls, get_preset, preset=preset)  # For one of the user's own that is gone, why it is.
 
     @classmethod
     def execute(cls, model, preset, cfg=7.0):

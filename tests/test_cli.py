@@ -139,7 +139,7 @@ TABLE = {
     "train": {
         "--out": EMPTY
         | {
-            "folder": "'folder' is a folder; name the .safetensors file to write",
+            "folder": "'folder' is a folder or a device; name the file to write",
             "file/model.safetensors": "output folder 'file' cannot be written to (it is a file)",
             "/proc/none/model.safetensors": "output folder '/proc/none' cannot be written to",
         },
@@ -559,6 +559,7 @@ def test_the_page_names_every_command_and_the_limits_that_hold():
         (".g...", dict(first=1), "1 of 5 steps is guided (2): 6 network rows per image instead of 10, 40% saved"),
         ("g.gg", {}, "3 of 4 steps are guided (0 to 3, with gaps): 7 network rows per image instead of 8, 12% saved"),
         ("...", {}, "None of the 3 steps is guided: 3 network rows per image instead of 6, 50% saved"),
+        ("gg", dict(rows=4), "2 of 2 steps are guided (0 to 1): 4 network rows per image instead of 4, 0% saved"),
         (
             "gg",
             dict(rows=168, rows_everywhere=160, unit="evaluation"),

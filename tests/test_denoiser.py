@@ -1,6 +1,7 @@
 """CFGDenoiser: every evaluation of every k-diffusion sampler, against references evaluated from the same x."""
 
 import collections
+import contextlib
 import copy
 import inspect
 import itertools
@@ -118,9 +119,13 @@ def test_outside_the_interval_a_run_is_the_conditional_model_s(lab, sampler):
 def test_a_weight_of_1_is_no_guidance_and_evaluates_cond_alone(lab):
     cond, uncond = labels(lab, 3)
     x, sigma = torch.randn(3, 1, 28, 28), torch.ones(3)
-    denoiser = CFGDenoiser(lab.denoiser)
-    assert torch.equal(denoiser(x, sigma, cond=cond, uncond=uncond, cond_scale=1), lab.denoiser(x, sigma, **cond))
-    assert denoiser.rows == 3
+    denoiser, alone = CFGDenoiser(lab.denoiser), lab.denoiser(x, sigma, **cond)
+    for weight in (1, 1.0, 1 + 2**-52, 1 - 1e-10, [1.0, 1 + 2**-52, 1 - 2**-53], torch.ones(3)):
+        denoiser.reset()
+        assert torch.equal(denoiser(x, sigma, cond=cond, uncond=uncond, cond_scale=weight), alone)
+        assert denoiser.rows == 3
+    denoiser(x, sigma, cond=cond, uncond=uncond, cond_scale=1 + 1e-6)
+    assert denoiser.rows == 3 + 6
 
 
 # ----------------------------------------------------------------------------
@@ -307,6 +312,14 @@ def test_per_step_starts_afresh_after_any_run(lab):
     assert recorder.denoiser.rows == recorder.rows and recorder.denoiser.evaluations == 15
 
 
+def test_per_step_forgives_what_a_logarithm_rounds_and_no_more():
+    x, cond = torch.ones(1, 3, dtype=torch.float64), {"a": torch.ones(1, 1)}
+    for off, refused in ((1 + 5e-5, False), (1 - 5e-5, False), (1 + 2e-4, True), (1 - 2e-4, True)):
+        denoiser = CFGDenoiser(lambda x, sigma, a: x, INTERVAL, sigmas=[4.0, 2.0, 0.0], per_step=True)
+        with pytest.raises(RuntimeError, match="evaluation 1 of 3") if refused else contextlib.nullcontext():
+            denoiser(x, torch.tensor([4 * off], dtype=torch.float64), cond=cond, uncond=cond, cond_scale=WEIGHT)
+
+
 @pytest.mark.parametrize("kind", [list, torch.Tensor.double, torch.Tensor.numpy, torch.Tensor.tolist])
 def test_the_schedule_of_per_step_may_be_a_list_or_an_array(lab, kind):
     sigmas = karras_sigmas(8)
@@ -381,22 +394,23 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
+IN_FLOAT32 = ("tensor", "list of tensors")
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_weight_per_row_is_that_number_for_the_row(make, dtype):
+def test_a_weight_per_row_is_that_number_for_the_row(kind, dtype):
     """7.3 and 0.1 have no exact form in any of the dtypes; a weight of 1 leaves its row at the cond alone."""
     weights = [7.3, 1.0, 0.1, 1.0, 7.3]
     x, sigma = torch.randn(5, 2, 3).to(dtype), torch.tensor([1.0, 1.0, 2.0, 9.0, 9.0], dtype=dtype)
     cond, uncond = ({"a": torch.rand(5).to(x), "nested": {"deep": {"b": torch.rand(5).to(x)}}} for _ in range(2))
     denoiser = CFGDenoiser(Affine(), INTERVAL)
-    denoised = denoiser(x, sigma, cond=cond, uncond=uncond, cond_scale=make(weights))
+    denoised = denoiser(x, sigma, cond=cond, uncond=uncond, cond_scale=WEIGHTS[kind](weights))
     assert denoised.dtype == dtype and denoiser.rows == 5 + 2  # Rows 0 and 2: in the interval, and not of weight 1.
     for row, weight in enumerate(weights):
+        weight = torch.tensor(weight).item() if kind in IN_FLOAT32 else weight
         alone = CFGDenoiser(Affine(), INTERVAL)(x, sigma, cond=cond, uncond=uncond, cond_scale=weight)
-        if dtype == torch.float64:  # torch takes a list of numbers in float32, and an array or tensor as it is.
-            torch.testing.assert_close(denoised[row], alone[row], rtol=1e-6, atol=1e-6)
-        else:
-            assert torch.equal(denoised[row], alone[row])
+        assert torch.equal(denoised[row], alone[row])
 
 
 @pytest.mark.parametrize("number", [3, np.float32(3), np.int64(3), np.array(3.0), torch.tensor(3.0), torch.tensor(3)])
@@ -687,6 +701,8 @@ def test_a_bad_sigma_is_named(sigma, says):
         (3j, TypeError, "got complex 3j"),
         ([3.0, "7"], TypeError, "got list of 2"),
         (math.nan, ValueError, "cond_scale must be finite, got nan"),
+        (10**400, ValueError, "cond_scale must be finite, got inf"),
+        ([3.0, 10**400], TypeError, "got list of 2"),
         (torch.tensor([3.0, math.inf]), ValueError, "cond_scale must be finite, got inf"),
     ],
 )
@@ -728,6 +744,9 @@ def test_bad_arguments_of_the_constructor():
         CFGDenoiser(None, INTERVAL, sigmas=karras_sigmas(8))
     with pytest.raises(ValueError, match=r"sigmas must be 1-D, at least 2 noise levels, got shape \[1\]"):
         CFGDenoiser(None, INTERVAL, sigmas=torch.ones(1), per_step=True)
+    for sigmas in ([0, 0], [1.0, 0.0, 0.0], [1.0, math.nan, 0.0], torch.tensor([-1.0, 0.0])):
+        with pytest.raises(ValueError, match=r"^sigmas must be above 0, but for the last one, got \["):
+            CFGDenoiser(None, INTERVAL, sigmas=sigmas, per_step=True)
     with pytest.raises(
         TypeError, match="sigmas must be a tensor, an array or a list of noise levels, got str 'karras'"
     ):

@@ -103,6 +103,7 @@ def test_two_adjacent_intervals_share_no_noise_level(interval, sigma):
         ("0.28", 5.42, TypeError, r"sigma_lo must be a number, got '0.28' \(str\)"),
         (0.28, None, TypeError, "sigma_hi must be a number, got None"),
         (True, 5.42, TypeError, "sigma_lo must be a number, got True"),
+        (0.28, 10**400, ValueError, "^sigma_hi is larger than a float can be; inf leaves sigma_hi open$"),
     ],
 )
 def test_bad_bounds_name_the_argument_and_the_value(lo, hi, error, says):
@@ -128,6 +129,8 @@ def test_an_interval_that_no_step_falls_into_warns_with_the_schedule_s_range():
     sigmas = torch.tensor([14.6, 3.0, 0.03, 0.0])
     with pytest.warns(UserWarning, match=r"sigma 14.6 to 0.03.*\(20, 30\]"):
         assert not GuidanceInterval(20, 30).warn_if_unused(sigmas)
+    with pytest.warns(UserWarning, match=r"no step of the schedule lies in .*\(20, 30\]"):
+        assert not GuidanceInterval(20, 30).warn_if_unused(torch.zeros(2))
 
 
 def test_an_interval_in_use_does_not_warn(recwarn):

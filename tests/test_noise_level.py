@@ -86,6 +86,14 @@ def test_timesteps_between_and_beyond():
     assert timesteps.sigma(torch.tensor([-1.0, 1000.0])).tolist() == pytest.approx(SD_SIGMAS[[0, -1]].tolist())
 
 
+def test_timesteps_may_repeat_a_noise_level_but_have_none_of_0():
+    assert noise_level.Timesteps([1.0, 1.0, 2.0]).sigma([0, 1, 2]).tolist() == pytest.approx([1, 1, 2])
+    assert noise_level.Timesteps([1.0, 2.0]).sigma(1).item() == pytest.approx(2)
+    for levels in ([0.0, 1.0], [-1.0, 1.0], [2.0, 1.0], [1.0], [[1.0, 2.0]], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="model_sigmas must be 1-D, positive and increasing, got shape"):
+            noise_level.Timesteps(levels)
+
+
 def test_percent_ends_are_open_and_a_timestep_is_itself():
     assert noise_level.percent_to_sigma(0.0, SD_SIGMAS) == math.inf
     assert noise_level.percent_to_sigma(1.0, SD_SIGMAS) == 0
@@ -102,6 +110,11 @@ def test_steps_round_trip(a, b):
         interval = noise_level.steps_to_interval(sigmas, first, last)
         guided = interval.mask(sigmas[:-1]).nonzero()[:, 0].tolist()
         assert guided == list(range(first, last + 1))
+
+
+def test_two_noise_levels_are_a_step():
+    assert noise_level.steps_to_interval([2.0, 1.0], 0, 0) == GuidanceInterval(1, 2)
+    assert len(noise_level.schedule("karras", 2, 0.1, 10)) == 3
 
 
 def test_steps_count_from_the_end_too():
@@ -129,6 +142,7 @@ def test_schedules_are_k_diffusion_s(name):
     ("call", "says"),
     [
         (lambda: noise_level.flow_time_to_sigma(1.5), r"flow_time_to_sigma: 1.5 is out of range.*\[0, 1\]"),
+        (lambda: noise_level.sigma_to_flow_time(10**400), "a noise level is larger than a float can be"),
         (lambda: noise_level.sigma_to_flow_time(-1.0), "sigma_to_flow_time: -1.0 is out of range"),
         (lambda: noise_level.log_snr_to_sigma(math.nan), "nan is out of range"),
         (lambda: noise_level.alpha_bar_to_sigma(torch.tensor([0.5, 2.0])), "out of range"),
@@ -136,12 +150,20 @@ def test_schedules_are_k_diffusion_s(name):
         (lambda: noise_level.percent_to_sigma(0.5, SD_SIGMAS.flip(0)), "model_sigmas must be 1-D, positive and incr"),
         (lambda: noise_level.rescale_sigma(1.0, 0), "sigma_data must be a standard deviation above 0, got 0"),
         (lambda: noise_level.steps_to_interval(SD_SIGMAS, 0, 1), "sigmas must be a decreasing schedule"),
+        (lambda: noise_level.steps_to_interval([2.0, 2.0, 1.0], 0, 1), "sigmas must be a decreasing schedule"),
+        (lambda: noise_level.steps_to_interval([2.0], 0, 0), "sigmas must be a decreasing schedule of at least one"),
+        (lambda: noise_level.steps_to_interval([2.0, 1.0], -2, 0), r"first must be .*, -1 to 0, got -2"),
+        (lambda: noise_level.steps_to_interval([2.0, 1.0], 0, 1), r"last must be .*, -1 to 0, got 1"),
         (lambda: noise_level.steps_to_interval(SD_SIGMAS.flip(0), 5, 3), "first=5 and last=3"),
         (lambda: noise_level.steps_to_interval(SD_SIGMAS.flip(0), 0, 999), "last must be the index of a step"),
         (lambda: noise_level.steps_to_interval(SD_SIGMAS.flip(0), 0.5, 3), "first must be the index of a step"),
         (lambda: noise_level.schedule("cosine", 10, 0.1, 10), "unknown schedule 'cosine'; there are exp"),
         (lambda: noise_level.schedule("karras", 1, 0.1, 10), "steps must be at least 2, got 1"),
         (lambda: noise_level.schedule("karras", 10, 10, 0.1), "sigma_min=10, sigma_max=0.1"),
+        (lambda: noise_level.schedule("karras", 10, 0, 1), "sigma_min=0, sigma_max=1"),
+        (lambda: noise_level.schedule("karras", 10, 1, 1), "sigma_min=1, sigma_max=1"),
+        (lambda: noise_level.schedule("karras", 10, 1, math.inf), "sigma_min=1, sigma_max=inf"),
+        (lambda: noise_level.rescale_sigma(1.0, 1.0, math.inf), "to_sigma_data must be a standard deviation above 0"),
     ],
 )
 def test_bad_input_is_named(call, says):

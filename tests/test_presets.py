@@ -1,7 +1,16 @@
-"""The published intervals."""
+"""The published intervals, and the user's own: what of their file is read, and that saving loses nothing."""
 
+import logging
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import filelock
 import pytest
-from guidance_interval import PRESETS, get_preset, noise_level
+from guidance_interval import PRESETS, get_preset, noise_level, presets
+from guidance_interval.errors import UserError
 from k_diffusion.sampling import get_sigmas_karras
 
 
@@ -47,3 +56,216 @@ def test_units_follow_the_scale_of_the_data():
 def test_an_unknown_preset_is_named_with_those_there_are():
     with pytest.raises(ValueError, match=r"unknown preset 'sd9'; there are sdxl, edm2"):
         get_preset("sd9")
+
+
+# ----------------------------------------------------------------------------
+# The user's own.
+
+ENTRY = dict(model="my.json", sigma_lo=0.5, sigma_hi=4.0, weight=9.0, weight_everywhere=7.0)
+GOOD = """
+[good]
+model = "my.json"
+sigma_lo = 0.5
+sigma_hi = 4
+weight = 9.0
+weight_everywhere = 7
+"""
+SHOWN = "good (measured by you)"
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(tmp_path / "presets.toml"))
+    monkeypatch.setattr(presets, "_told", set())
+    return tmp_path / "presets.toml"
+
+
+def bad(name="bad", **changed):
+    """An entry as text, with some of its values as they are given."""
+    values = dict(model='"m"', sigma_lo=0.5, sigma_hi=4, weight=9, weight_everywhere=7) | changed
+    return f"[{name}]\n" + "".join(f"{k} = {v}\n" for k, v in values.items() if v is not None)
+
+
+BAD = {  # {text of an entry: (its name, why it is left out)}
+    bad(weight="nan"): ("bad", "weight must be a number above 0, got nan"),
+    bad(weight=-3): ("bad", "weight must be a number above 0, got -3"),
+    bad(weight_everywhere="inf"): ("bad", "weight_everywhere must be a number above 0, got inf"),
+    bad(weight="9" * 400): ("bad", "weight must be a number, got 99999999"),
+    bad(sigma_hi="9" * 400): ("bad", "sigma_hi must be a number, got 99999999"),
+    bad(sigma_lo="9" * 5000): ("bad", "Exceeds the limit"),
+    bad(sigma_lo="nan"): ("bad", "sigma_lo is NaN"),
+    bad(sigma_lo=-1): ("bad", "sigma_lo must not be negative"),
+    bad(sigma_lo=5): ("bad", "sigma_lo must be below sigma_hi"),
+    bad(sigma_lo="true"): ("bad", "sigma_lo must be a number, got True"),
+    bad(sigma_lo="'0.5'"): ("bad", "sigma_lo must be a number, got '0.5'"),
+    bad(sigma_lo="0,28"): ("bad", "(at line 3, column 13"),
+    bad(weight=None): ("bad", "(it lacks weight); "),
+    bad(model="7"): ("bad", "model must be text"),
+    bad(model="''"): ("bad", "model must be text"),
+    bad(model='"\\u001b[31mred"'): ("bad", "model must be text of at most 1000 characters on one line, got '\\x1b[31m"),
+    bad(said=f'"{"x" * 2000}"'): ("bad", "said must be text of at most 1000 characters"),
+    bad(study="[1]"): ("bad", "study must be text"),
+    bad(model="[" * 50_000 + "]" * 50_000): ("bad", "nested too deeply"),
+    bad(model="{a=" * 5_000 + "1" + "}" * 5_000): ("bad", "nested too deeply"),
+    "bad = 5\n": ("bad", "it must be a table of model, sigma_lo, "),
+    "[[bad]]\nmodel = 'm'\n": ("bad", "it must be a table of model, sigma_lo, "),
+    bad() + bad(): ("bad", "Cannot declare ('bad',) twice"),
+    bad("SDXL"): ("SDXL", "'SDXL' is a published one"),
+    bad("GOOD"): ("GOOD", "has that name already"),
+    bad('""'): ("", "'' is no name for a preset"),
+    bad('" "'): (" ", "' ' is no name for a preset"),
+    bad('"a/b"'): ("a/b", "'a/b' is no name for a preset"),
+    bad('"\\u001b[31m"'): ("\x1b[31m", "'\\x1b[31m' is no name for a preset"),
+    bad("x" * 61): ("x" * 61, "is no name for a preset; take letters"),
+    "[" * 50_000: ("[" * 50_000, "Invalid initial character"),
+    "[bad\nmodel = 1\n": ("[bad", "Expected ']'"),
+}
+
+
+@pytest.mark.parametrize("text", BAD, ids=lambda text: f"{BAD[text][0][:9]!a} {BAD[text][1][:30]!a}")
+def test_an_entry_that_does_not_do_hides_no_other_and_is_told_once(file, caplog, text):
+    name, why = BAD[text]
+    file.write_text(GOOD + text if text.startswith("[") else text + GOOD)  # What is no table comes before any.
+    assert list(presets.all_presets()) == [*PRESETS, SHOWN] == list(presets.all_presets())
+    assert get_preset("good").interval().sigma_hi == 4
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert record.levelno == logging.WARNING and why in told and len(told) < 500 + len(str(file))
+    assert f"in {str(file)!r} is left out (" in told and told.endswith("; put it right, or remove it")
+    assert told.isprintable()
+    if name.casefold() not in ("sdxl", "good"):
+        with pytest.raises(ValueError, match="unknown preset") as e:
+            get_preset(name)
+        assert why in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["latin", "huge", "folder", "fifo", "zero", "below a file", "name too long", "no text"]
+)
+def test_a_file_that_cannot_be_read_is_told_and_stops_no_host(file, caplog, monkeypatch, kind):
+    if kind == "latin":
+        file.write_bytes(GOOD.encode() + "# \xe9".encode("latin-1"))
+    elif kind == "huge":
+        file.write_text(GOOD + "#" * presets.MAX_FILE)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "no text":
+        file.write_bytes(bytes(100))
+    else:
+        places = {"zero": "/dev/zero", "below a file": f"{__file__}/presets.toml", "name too long": "n" * 300}
+        monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", places[kind])
+    assert presets.all_presets() == PRESETS
+    (record,) = caplog.records
+    assert repr(str(presets.my_file())) in record.getMessage() and len(record.getMessage()) < 1000
+    with pytest.raises(ValueError, match="unknown preset 'sd9'"):
+        get_preset("sd9")
+    before = file.read_bytes() if file.is_file() else None
+    with pytest.raises(UserError, match=r"presets|n{300}"):
+        presets.save_mine("mine", ENTRY)
+    assert before is None or file.read_bytes() == before
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(file):
+    file.write_bytes(GOOD.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert SHOWN in presets.all_presets()
+
+
+def test_names_are_one_name_in_any_case():
+    presets.save_mine("Mine", ENTRY)
+    for name in ("mine", "MINE", "mine (Measured by you)"):
+        assert get_preset(name).name == "Mine"
+    presets.save_mine("MINE", ENTRY | {"weight": 8.0})
+    assert list(presets.my_presets()) == ["MINE (measured by you)"] and get_preset("Mine").weight == 8
+    for name in ("SDXL", "sdXL", "EDM2-xxl-fid"):
+        with pytest.raises(UserError, match=f"--save '{name}' is a published one"):
+            presets.check_name(name)
+        with pytest.raises(UserError, match="published"):
+            presets.save_mine(name, ENTRY)
+    assert get_preset("SDXL") is PRESETS["sdxl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "a/b", "x" * 61, "\x1b[31m", "a\n", "\u202eevil", "a  b", "mine (measured by you)"]
+)
+def test_names_that_cannot_be(name):
+    with pytest.raises(UserError, match=r"^--save .* is no name for a preset") as e:
+        presets.check_name(name)
+    assert str(e.value).isprintable() and len(str(e.value)) < 300
+
+
+def test_saving_keeps_what_else_is_in_the_file(file):
+    theirs = (
+        "# What I found.\n[other]   # By hand.\nmodel = 'no numbers yet'\n"
+        + GOOD
+        + "[good.difference]\nrows = [1, 2]\n"
+    )
+    file.write_text(theirs + bad("MINE") + "[MINE.difference]\nrows = [3, 4]\n")
+    hours = {"study": 'a "study"', "said": "fewer\x1b[31m rows", "difference": {"rows": [-7.0, 1e-9, math.inf]}}
+    assert presets.save_mine("mine", ENTRY | hours) == file
+    assert file.read_text().startswith(theirs)
+    assert presets.tomllib.loads(file.read_text())["mine"] == ENTRY | hours | {"said": "fewer?[31m rows"}
+    assert "MINE" not in file.read_text()
+    assert get_preset("mine").source == "measured by you: study 'a \"study\"', fewer?[31m rows"
+
+
+def test_a_linked_file_is_written_where_it_lies(file, tmp_path):
+    there = tmp_path / "dotfiles" / "presets.toml"
+    there.parent.mkdir()
+    file.symlink_to(there)
+    presets.save_mine("mine", ENTRY)
+    assert file.is_symlink() and "[mine]" in there.read_text()
+
+
+@pytest.mark.parametrize("changed", [{"weight": math.nan}, {"sigma_hi": 0.1}, {"weight_everywhere": None}])
+def test_an_entry_that_could_not_be_read_again_is_not_saved(file, changed):
+    with pytest.raises(UserError, match="the preset 'mine' cannot be saved: "):
+        presets.save_mine("mine", ENTRY | changed)
+    assert not file.exists()
+
+
+def save_five(name, begin):
+    begin.wait()
+    for i in range(5):
+        presets.save_mine(f"{name}{i}", ENTRY)
+
+
+def test_processes_that_save_at_once_all_end_in_the_file(file):
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(3)
+    saving = [context.Process(target=save_five, args=(name, begin)) for name in "abc"]
+    for process in saving:
+        process.start()
+    for process in saving:
+        process.join(timeout=60)
+    assert [process.exitcode for process in saving] == [0, 0, 0]
+    assert {p.name for p in presets.my_presets().values()} == {f"{name}{i}" for name in "abc" for i in range(5)}
+
+
+def test_whether_a_preset_can_be_saved_is_asked_before(file, tmp_path, monkeypatch):
+    presets.check_writable()
+    assert not file.exists()
+    monkeypatch.setattr(presets, "WAIT", 0)
+    with (
+        filelock.FileLock(tmp_path / ".presets.toml.lock"),
+        pytest.raises(UserError, match="another process writes it"),
+    ):
+        presets.check_writable()
+    for content in ("[good", "a = [" + "[" * 5000):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"presets.toml' cannot be read \(.*put it right"):
+            presets.check_writable()
+        assert file.read_text() == content
+    monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(file / "presets.toml"))
+    with pytest.raises(UserError, match=r"folder of presets .* cannot be written to \(.*set GUIDANCE_INTERVAL_PRESETS"):
+        presets.check_writable()
+
+
+def test_reading_needs_no_package_beside_torch_and_numpy():
+    presets.save_mine("mine", ENTRY)
+    code = (
+        "import sys, torch\nfor name in ('tomlkit', 'filelock'): sys.modules[name] = None\n"
+        "from guidance_interval import get_preset\nassert get_preset('mine').weight == 9\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

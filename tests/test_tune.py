@@ -1083,7 +1083,7 @@ def test_presets_of_ones_own_come_after_the_published_ones_and_are_marked():
     assert mine.source == "measured by you: study 's', 2026-01-02, rows lower (-7)"
     presets.save_mine("mine", ENTRY | {"weight": 8.0})
     assert presets.get_preset("mine").weight == 8.0 and presets.get_preset("été 2").sigma_hi == 4.0
-    assert 'rows" = [-7.0, -7.0, -7.0]' in file.read_text(encoding="utf-8")
+    assert "rows = [-7.0, -7.0, -7.0]" in file.read_text(encoding="utf-8")
 
 
 def test_a_presets_file_that_is_broken_stops_no_host_and_is_not_overwritten(caplog, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import logging
 import re
 import subprocess
@@ -178,6 +179,41 @@ def test_presets(host, ours):
         assert ours.patch.model_interval(model) == preset.interval()
         assert cfg == (4.5 if preset.weight is None else preset.weight)
         assert source == preset.source
+
+
+OWN = """
+bad = 5
+[good]
+model = "m"
+sigma_lo = 0.5
+sigma_hi = 4
+weight = 9
+weight_everywhere = 7
+[far]
+model = "m"
+sigma_lo = 0.5
+sigma_hi = %s
+weight = 9
+weight_everywhere = 7
+[deep]
+model = %s
+["\\u001b[31m"]
+""" % ("9" * 400, "[" * 50_000 + "]" * 50_000)  # noqa: UP031
+
+
+def test_a_file_of_presets_with_bad_entries_still_lists_the_good_ones(host, tmp_path, monkeypatch):
+    monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(tmp_path / "presets.toml"))
+    (tmp_path / "presets.toml").write_text(OWN)
+    cls = host.nodes["GuidanceIntervalPreset"]
+    told = json.dumps(cls.GET_NODE_INFO_V1())  # As /object_info answers.
+    assert "good (measured by you)" in told and "bad" not in told
+    assert node_options(host, cls.define_schema().node_id, "preset") == [*host.ours.PRESETS, "good (measured by you)"]
+    for name in ("good (measured by you)", "SDXL", None):  # None: linked, and known when it runs.
+        assert cls.validate_inputs(preset=name) is True
+    assert "sigma_hi must be a number, got 999" in cls.validate_inputs(preset="far (measured by you)")
+    assert "unknown preset 'gone (measured by you)'; there are sdxl, " in cls.validate_inputs(
+        preset="gone (measured by you)"
+    )
 
 
 def test_the_presets_page_lists_them(host):
