@@ -3,10 +3,12 @@
 An interval without a source does not belong here; of the user's own it is the study that measured it.
 """
 
+import errno
 import json
 import logging
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +142,20 @@ def check_name(name):
     if tomllib is None:
         raise UserError("--save needs the package tomli under Python 3.10; run: pip install tomli")
     return name
+
+
+def check_file():
+    """Raise UserError if `save_mine` could not read or write the user's file: to know before hours of work."""
+    _read_mine()
+    file = my_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as e:
+        reason = "its folder is a file" if isinstance(e, FileExistsError) else e.strerror
+        raise UserError(f"{str(file)!r} cannot be written ({reason}); set GUIDANCE_INTERVAL_PRESETS") from e
 
 
 def save_mine(name, entry):
