@@ -801,6 +801,7 @@ def test_the_node_goes_before_the_sampler_and_a_graph_is_of_its_job():
     assert flow.graph(everywhere(7.0), "", 0)["guidance-interval-1"]["inputs"]["sigma_hi"] == -1.0
     conditional = flow.graph(CONDITIONAL, "", 0)["guidance-interval-1"]["inputs"]
     assert conditional["sigma_lo"] == 1e6 and conditional["sigma_hi"] == -1.0
+    assert conditional["units"] == "model" and new["inputs"]["units"] == "edm"  # No model counts so far itself.
     json.dumps([sent, flow.graph(everywhere(7.0), "", 0)], allow_nan=False)
 
 
@@ -1108,6 +1109,62 @@ def test_without_a_reader_of_toml_the_published_ones_are_there(monkeypatch):
     assert presets.all_presets() == presets.PRESETS
     with pytest.raises(UserError, match="pip install tomli"):
         presets.check_name("mine")
+
+
+def confirmed(*settings):
+    """What confirmed.json holds of these settings, the first being the baseline."""
+    told = {"rows": {"value": [1.0] * 3, "difference": [-1.0] * 3, "verdict": "lower"}}
+    bound = {"metric": "adherence", "margin": 5.0}
+    return {
+        "source": "w.json", "name": "w", "created": "2026-01-02",
+        "objective": {"minimize": ["rows"], "maximize": [], "bound": bound},
+        "settings": [{"id": "baseline" if i == 0 else f"best-{i}", **confirm._bounds(s), "confirmed": told}
+                     for i, s in enumerate(settings)],
+    }  # fmt: skip
+
+
+def test_conditional_only_is_no_preset_which_would_be_cfg_everywhere(capsys):
+    found = confirmed(everywhere(7.0), CONDITIONAL, Setting(0.5, 4.0, 9.0))
+    with pytest.raises(UserError, match=r"^--save mine: best-1 is conditional only.*cfg to 1.*--save mine=best-2$"):
+        command._save(found, "mine", "best-1")
+    assert not presets.my_file().exists()
+    command._save(found, "mine", "best-2")
+    assert presets.get_preset("mine").interval() == Setting(0.5, 4.0, 9.0).interval
+    with pytest.raises(UserError, match="the study confirmed no 'best-3'; there is best-1, best-2"):
+        command._save(found, "mine", "best-3")
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        ("mine=best-9", r"--save 'mine=best-9': a study confirms best-1, best-2, best-3, and no 'best-9'"),
+        ("mine=baseline", "and no 'baseline'"),
+        ("mine", r"FILE/presets.toml' cannot be written .its folder is a file.; set GUIDANCE_INTERVAL_PRESETS"),
+        ("mine", r"'.*FOLDER' cannot be written .Is a directory."),
+        ("mine", r"BROKEN' cannot be read .*put it right"),
+    ],
+)
+def test_what_could_not_be_saved_is_told_before_the_work(save, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "BROKEN").write_text("[mine")
+    for name in ("FILE/presets.toml", "FOLDER", "BROKEN"):
+        if name in message:
+            monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    for more in (["--dry-run"], []):
+        assert cli.main(["tune", "--model", "emoji", "--save", save, *more]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists() and (tmp_path / "BROKEN").read_text() == "[mine"
+
+
+def test_looking_whether_a_preset_can_be_saved_leaves_the_file_as_it_is():
+    presets.check_file()
+    assert not list(presets.my_file().parent.iterdir())
+    file = presets.save_mine("mine", ENTRY)
+    before = file.read_bytes()
+    presets.check_file()
+    assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("name", ["", "sdxl", "a=b", "a/b", " a", "[x]"])

@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+from ..a1111.settings import CONDITIONAL_ONLY
 from ..errors import UserError
 from ..files import aligned, output_folder, sole_use
 from . import confirm, objectives, study
@@ -145,12 +146,17 @@ def _is_ours(search, view):
 
 
 def _parse_save(save):
-    name, _, which = (save or "").partition("=")
+    """`(name, id)`, or `(None, None)` without one; raises UserError for what could not be saved after the work."""
     if save is None:
         return None, None
-    from ..presets import check_name
+    from .. import presets
 
-    return check_name(name), which or "best-1"
+    name, _, which = save.partition("=")
+    presets.check_name(name)
+    if (which := which or confirm.BEST[0]) not in confirm.BEST:
+        raise UserError(f"--save {save!r}: a study confirms {', '.join(confirm.BEST)}, and no {which!r}")
+    presets.check_file()
+    return name, which
 
 
 def _save(found, name, which):
@@ -160,6 +166,11 @@ def _save(found, name, which):
     if setting is None:
         ids = [s["id"] for s in found["settings"] if s["id"] != "baseline"]
         raise UserError(f"--save {name}={which}: the study confirmed no {which!r}; there is {', '.join(ids) or 'none'}")
+    if _setting(setting).conditional_only:
+        raise UserError(
+            f"--save {name}: {which} is {CONDITIONAL_ONLY}, which is no interval, so no preset is saved: set cfg to 1 in "
+            f"your sampler. For another setting run the command again with --save {name}={confirm.BEST[1]}"
+        )
     base, kept = found["settings"][0], {k: v for k, v in setting["confirmed"].items() if v["difference"]}
     goal = found["objective"]
     sides = [f"{word} {' and '.join(keys)}" for word, keys in (("least", goal["minimize"]), ("most", goal["maximize"]))
