@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ..a1111.settings import CONDITIONAL_ONLY, INTERVAL_KEY, format_interval
+from ..errors import plain
 from ..sampler_patch import GuidanceInterval
 
 SIGMA_MAX = 1_000_000.0  # The largest bound that ComfyUI's node takes.
@@ -25,6 +26,9 @@ SIGMA_MAX = 1_000_000.0  # The largest bound that ComfyUI's node takes.
 
 class Refused(Exception):
     """A host's answer, in its own words, to a job that it does not do, such as out of memory."""
+
+    def __init__(self, text):
+        super().__init__(plain(text))
 
 
 @dataclass(frozen=True, order=True)

@@ -18,6 +18,7 @@ from guidance_interval.errors import UserError
 from guidance_interval.lab import model
 from guidance_interval.tune import servers, workflow
 from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting, everywhere, paste_comfyui
+from guidance_interval.tune.client import Client
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -226,8 +227,7 @@ def test_the_preset_node_lists_what_was_saved_and_renders_it(two, files):
     entry = dict(model="flowers.json", sigma_lo=0.5, sigma_hi=20.0, weight=6.0, weight_everywhere=4.0, study="flowers")
     presets.save_mine("mine", entry)
     server = servers.Server(two.urls[0])
-    told = server.get("/object_info/GuidanceIntervalPreset")["GuidanceIntervalPreset"]["input"]["required"]["preset"]
-    options = workflow.Types({"x": {"input": {"required": {"preset": told}}}}).inputs("x")["preset"]
+    options = server.object_info().inputs("GuidanceIntervalPreset")["preset"]
     assert options == [*presets.PRESETS, "mine (measured by you)"]  # Without a restart.
     nodes = graph(cfg=["8", 1], seed=7)
     nodes["8"] = {"class_type": "GuidanceIntervalPreset", "inputs": {"model": ["1", 0], "preset": options[-1]}}
@@ -290,7 +290,7 @@ def test_without_any_server_it_ends_after_a_while(two, files, monkeypatch):
     backend = servers.Comfy(files / "flowers.json", two.urls)
     monkeypatch.setattr(servers, "ALONE", 1)
     for server in backend.servers:
-        server.url = "http://127.0.0.1:9"  # As if both had died since.
+        server.client = Client("--server", "127.0.0.1:9", "", lambda *_: None)  # As if both had died since.
     with pytest.raises(UserError, match=r"no server answers any more .*what is done is kept: start one"):
         list(backend.render([Job(CONDITIONAL, "heart", 1)]))
 
