@@ -252,6 +252,10 @@ def parser():
         help="a ComfyUI that runs the workflow, once for each (default: http://127.0.0.1:8188)",
     )  # fmt: skip
     tune.add_argument(
+        "--output-node", metavar="ID", type=path,
+        help="of a workflow that saves several images, the node whose image is judged (default: the last one)",
+    )  # fmt: skip
+    tune.add_argument(
         "--a1111", metavar="URL", type=address, help="tune what an Automatic1111 or Forge has loaded instead"
     )
     tune.add_argument("--model", choices=["emoji"], help="tune the model that ships instead: offline, in minutes")
@@ -469,6 +473,7 @@ def run_tune(args):
         source=args.source,
         servers=args.server,
         a1111=args.a1111,
+        output_node=args.output_node,
         model=args.model,
         prompts=args.prompts,
         reference=args.reference,

@@ -41,3 +41,14 @@ def user_input():
         yield
     except (ValueError, TypeError) as e:
         raise e if isinstance(e, UserError) else UserError(str(e)) from e
+
+
+def plain(text, most=500):
+    """What a file or another machine says, fit for a line of a terminal: nothing that controls it, cut to `most`."""
+    text = "".join(c if c.isprintable() else " " for c in str(text)[: most + 1]).rstrip()
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def without_password(url):
+    """A URL as it may be shown."""
+    return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "…@", plain(url))

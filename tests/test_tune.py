@@ -24,7 +24,7 @@ from guidance_interval import cli, presets
 from guidance_interval.a1111 import settings as a1111_settings
 from guidance_interval.errors import UserError
 from guidance_interval.measure.metrics import cmmd
-from guidance_interval.tune import clip, command, confirm, objectives, sampler, study, webui, workflow
+from guidance_interval.tune import clip, command, confirm, objectives, sampler, study, webui
 from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Rendered, Setting, everywhere
 from guidance_interval.tune.images import Folder
 from guidance_interval.tune.objectives import SEEDS
@@ -687,6 +687,26 @@ def test_the_confirmation_is_of_fresh_images_and_keeps_both_numbers(tmp_path):
     assert "best-1" in text and "in the search" in text
 
 
+def test_a_dry_run_with_more_servers_than_images_tells_the_time(tmp_path, capsys):
+    class Slow(Painter):
+        workers = 9
+
+    for images, workers in ((4, 9), (4, 100), (64, 9), (64, 0)):
+        Slow.workers = workers
+        command.tune(Slow(), Eye(), PROMPTS, tmp_path / "out", images=images, trials=4, dry_run=True)
+        assert re.search(r"at most [\d,]+ images, about .* a second", capsys.readouterr().out)
+
+
+def test_what_is_refused_where_nothing_goes_on_without_it_is_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"the host refuses to render .CUDA out of memory.; what is done is kept"):
+        command.tune(Painter(refuses=lambda s: True), Eye(), PROMPTS, tmp_path / "out", trials=4, dry_run=True)
+    confirming = []
+    monkeypatch.setattr(confirm, "choose", lambda search, real=confirm.choose: confirming.append(1) or real(search))
+    painter = Painter(refuses=lambda s: bool(confirming))
+    with pytest.raises(UserError, match="the host refuses to render"):
+        command.tune(painter, Eye(), PROMPTS, tmp_path / "out", trials=4, images=8)
+
+
 # ----------------------------------------------------------------------------
 # Killed: the command itself, on the emoji model.
 
@@ -729,176 +749,6 @@ def test_killed_and_joined_by_a_second_process_nothing_is_lost_or_doubled(tmp_pa
     confirmed = [(tmp_path / name / "confirmed.json").is_file() for name in "ab"]
     assert sorted(confirmed) == [False, True]
     assert [b"confirms the best settings" in err for _, err in told] == [not c for c in confirmed]
-
-
-# ----------------------------------------------------------------------------
-# Workflows, by a few of ComfyUI's nodes as /object_info tells of them.
-
-
-def node(output=(), required=None, optional=None, output_node=False):
-    spec = {k: v if isinstance(v, list) else [v, {}] for k, v in {**(required or {}), **(optional or {})}.items()}
-    return {"input": {"required": spec}, "output": list(output), "output_node": output_node}
-
-
-SAMPLER = dict(model="MODEL", positive="CONDITIONING", negative="CONDITIONING", latent_image="LATENT")
-INFO = {
-    "CheckpointLoaderSimple": node(["MODEL", "CLIP", "VAE"], {"ckpt_name": [["sd.safetensors"]]}),
-    "CLIPTextEncode": node(["CONDITIONING"], {"text": "STRING", "clip": "CLIP"}),
-    "ConditioningCombine": node(["CONDITIONING"], {"conditioning_1": "CONDITIONING", "conditioning_2": "CONDITIONING"}),
-    "ControlNetApplyAdvanced": node(
-        ["CONDITIONING", "CONDITIONING"], {"positive": "CONDITIONING", "negative": "CONDITIONING", "strength": "FLOAT"}
-    ),
-    "EmptyLatentImage": node(["LATENT"], {"width": "INT", "batch_size": "INT"}),
-    "KSampler": node(["LATENT"], {**SAMPLER, "seed": "INT", "cfg": "FLOAT", "steps": "INT", "scheduler": [["karras"]]}),
-    "CFGGuider": node(["GUIDER"], {k: SAMPLER[k] for k in ("model", "positive", "negative")} | {"cfg": "FLOAT"}),
-    "BasicGuider": node(["GUIDER"], {"model": "MODEL", "conditioning": "CONDITIONING"}),
-    "RandomNoise": node(["NOISE"], {"noise_seed": "INT"}),
-    "SamplerCustomAdvanced": node(["LATENT"], {"noise": "NOISE", "guider": "GUIDER", "latent_image": "LATENT"}),
-    "LoraLoaderModelOnly": node(["MODEL"], {"model": "MODEL", "strength_model": "FLOAT"}),
-    "GuidanceInterval": node(["MODEL"], {"model": "MODEL", "sigma_lo": "FLOAT", "sigma_hi": "FLOAT"}),
-    "GuidanceIntervalGuider": node(
-        ["GUIDER"], {"model": "MODEL", "positive": "CONDITIONING", "cfg": "FLOAT", "sigma_lo": "FLOAT"}
-    ),
-    "PrimitiveFloat": node(["FLOAT"], {"value": "FLOAT"}),
-    "PrimitiveString": node(["STRING"], {"value": "STRING"}),
-    "VAEDecode": node(["IMAGE"], {"samples": "LATENT", "vae": "VAE"}),
-    "SaveImage": node([], {"images": "IMAGE", "filename_prefix": "STRING"}, output_node=True),
-    "PreviewImage": node([], {"images": "IMAGE"}, output_node=True),
-}
-
-
-def plain():
-    """SD1.5's usual graph."""
-    return {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd.safetensors"}},
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["1", 1]}},
-        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry", "clip": ["1", 1]}},
-        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "batch_size": 4}},
-        "5": {
-            "class_type": "KSampler",
-            "inputs": {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0],
-                       "seed": 1, "cfg": 7.0, "steps": 20, "scheduler": "karras"},
-        },
-        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
-        "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "x"}},
-    }  # fmt: skip
-
-
-def made(graph):
-    return workflow.Workflow("w.json", graph, workflow.Types(INFO))
-
-
-def test_the_node_goes_before_the_sampler_and_a_graph_is_of_its_job():
-    flow = made(plain())
-    assert flow.weight == 7.0
-    sent = flow.graph(Setting(0.28, 5.42, 9.0), "a dog", 5)
-    new = sent["guidance-interval-1"]
-    assert sent["5"]["inputs"]["model"] == ["guidance-interval-1", 0] and new["inputs"]["model"] == ["1", 0]
-    assert (new["inputs"]["sigma_lo"], new["inputs"]["sigma_hi"]) == (0.28, 5.42)
-    assert (sent["5"]["inputs"]["cfg"], sent["5"]["inputs"]["seed"], sent["2"]["inputs"]["text"]) == (9.0, 5, "a dog")
-    assert sent["3"]["inputs"]["text"] == "blurry" and sent["4"]["inputs"]["batch_size"] == 1
-    assert sent["7"] == {"class_type": "PreviewImage", "inputs": {"images": ["6", 0]}}
-    assert flow.graph(everywhere(7.0), "", 0)["guidance-interval-1"]["inputs"]["sigma_hi"] == -1.0
-    conditional = flow.graph(CONDITIONAL, "", 0)["guidance-interval-1"]["inputs"]
-    assert conditional["sigma_lo"] == 1e6 and conditional["sigma_hi"] == -1.0
-    json.dumps([sent, flow.graph(everywhere(7.0), "", 0)], allow_nan=False)
-
-
-def test_an_interval_is_replaced_wherever_it_is_and_two_samplers_share_one():
-    graph = plain()
-    graph["8"] = {"class_type": "GuidanceInterval", "inputs": {"model": ["1", 0], "sigma_lo": 1.0, "sigma_hi": 2.0}}
-    graph["9"] = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": ["8", 0], "strength_model": 1.0}}
-    graph["5"]["inputs"]["model"] = ["9", 0]
-    second = json.loads(json.dumps(graph["5"]))
-    second["inputs"] |= {"latent_image": ["5", 0]}
-    graph["10"], graph["6"]["inputs"]["samples"] = second, ["10", 0]
-    flow = made(graph)
-    sent = flow.graph(Setting(0.28, 5.42, 9.0), "p", 5)
-    assert flow.limits == ["guidance-interval-1"] and sent["9"]["inputs"]["model"] == ["1", 0]
-    assert all(sent[n]["inputs"]["model"] == ["guidance-interval-1", 0] for n in ("5", "10"))
-    assert all(sent[n]["inputs"] | {"cfg": 9.0, "seed": 5} == sent[n]["inputs"] for n in ("5", "10"))
-
-
-def test_guiders_primitives_and_conditionings_are_followed():
-    graph = plain()
-    graph["5"] = {"class_type": "SamplerCustomAdvanced",
-                  "inputs": {"noise": ["11", 0], "guider": ["12", 0], "latent_image": ["4", 0]}}  # fmt: skip
-    graph["11"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}}
-    graph["12"] = {"class_type": "CFGGuider", "inputs": {"model": ["1", 0], "positive": ["13", 0],
-                                                         "negative": ["13", 1], "cfg": ["14", 0]}}  # fmt: skip
-    graph["13"] = {"class_type": "ControlNetApplyAdvanced",
-                   "inputs": {"positive": ["2", 0], "negative": ["3", 0], "strength": 1.0}}  # fmt: skip
-    graph["14"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 5.5}}
-    graph["2"]["inputs"]["text"] = ["15", 0]
-    graph["15"] = {"class_type": "PrimitiveString", "inputs": {"value": "a cat"}}
-    flow = made(graph)
-    sent = flow.graph(Setting(0.28, 5.42, 9.0), "p", 5)
-    assert flow.weight == 5.5 and sent["12"]["inputs"]["cfg"] == 9.0 and sent["11"]["inputs"]["noise_seed"] == 5
-    assert sent["15"]["inputs"]["value"] == "p" and sent["3"]["inputs"]["text"] == "blurry"
-    graph["12"] |= {"class_type": "GuidanceIntervalGuider"}
-    graph["12"]["inputs"] |= {"sigma_lo": 1.0}
-    flow = made(graph)
-    assert flow.limits == ["12"] and flow.graph(Setting(0.28, 5.42, 9.0), "p", 5)["12"]["inputs"]["sigma_hi"] == 5.42
-
-
-def test_a_placeholder_says_where_the_prompts_go():
-    graph = plain()
-    graph["2"]["inputs"]["text"] = "a photo of {prompt}, sharp"
-    assert made(graph).graph(CONDITIONAL, "a dog", 0)["2"]["inputs"]["text"] == "a photo of a dog, sharp"
-
-
-def changed(**nodes):
-    graph = plain()
-    for n, inputs in nodes.items():
-        graph[n.removeprefix("n")]["inputs"] |= inputs
-    return graph
-
-
-@pytest.mark.parametrize(
-    ("graph", "message"),
-    [
-        ({k: v for k, v in plain().items() if k != "5"}, "has no sampler: no node takes a model and a cfg"),
-        ({k: v for k, v in plain().items() if k != "7"}, "saves no image that a sampler made"),
-        (changed(n5={"cfg": 1.0}), "the cfg of its samplers is 1"),
-        (changed(n5={"cfg": ["4", 0]}), r"a cfg at node 5 \(KSampler\) that another node computes"),
-        (plain() | {"12": {"class_type": "ConditioningCombine",
-                           "inputs": {"conditioning_1": ["2", 0], "conditioning_2": ["3", 0]}}}
-         | {"5": changed(n5={"positive": ["12", 0]})["5"]}, r"has 2 nodes with text .*node 2.*node 3.*\{prompt\}"),
-        (plain() | {"5": {"class_type": "BasicGuider", "inputs": {"model": ["1", 0]}}}, "node 5 .BasicGuider. has no"),
-        (plain() | {"10": changed(n5={"cfg": 4.0, "latent_image": ["5", 0]})["5"],
-                    "6": {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["1", 2]}}},
-         r"samplers of different cfg \(4, 7\)"),
-    ],
-)  # fmt: skip
-def test_a_workflow_that_cannot_be_tuned_is_told_why(graph, message):
-    with pytest.raises(UserError, match=rf"workflow 'w.json' .*{message}"):
-        made(graph)
-
-
-def test_what_is_missing_is_named():
-    lacking = workflow.missing(changed(n1={"ckpt_name": "my.safetensors"}), workflow.Types(INFO))
-    assert lacking == ["'my.safetensors' (ckpt_name of CheckpointLoaderSimple, node 1)"]
-    found = workflow.missing(plain() | {"9": {"class_type": "FaceThing", "inputs": {}}}, workflow.Types({}))
-    assert found[0].startswith("our node Guidance Interval (clone") and "the node FaceThing" in found
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read .No such file"),
-        (b"\x89PNG\r\n\x1a\n", "is a PNG that cannot be read"),
-        (b"no json", "is neither JSON nor a PNG"),
-        (b"[1]", "is no workflow of ComfyUI"),
-        (b'{"nodes": [], "links": []}', r"is in the editor's form.*Export \(API\)"),
-        (b'{"1": {"class_type": "KSampler"}}', "is no workflow of ComfyUI"),
-    ],
-)
-def test_what_is_no_workflow_is_told(tmp_path, content, message):
-    file = tmp_path / "w.json"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=rf"w.json' {message}"):
-        workflow.read(file)
 
 
 # ----------------------------------------------------------------------------
@@ -993,16 +843,17 @@ def test_a_web_uis_errors_are_told_in_its_words(web_ui):
 
 def test_a_web_ui_that_goes_away_is_waited_for(web_ui, monkeypatch):
     backend = webui.WebUI(web_ui[0])
-    original, fails = backend._post, itertools.count()
+    original, fails = backend._image, itertools.count()
 
-    def post(path, body, timeout):
+    def render(job):
         if next(fails) < 2:
             raise webui.Gone("it does not answer")
-        return original(path, body, timeout)
+        return original(job)
 
-    monkeypatch.setattr(backend, "_post", post)
+    monkeypatch.setattr(backend, "_image", render)
     assert len(list(backend.render([Job(CONDITIONAL, "a", 1)]))) == 1
-    monkeypatch.setattr(backend, "_post", lambda *_: (_ for _ in ()).throw(webui.Gone("no")))
+    monkeypatch.setattr(backend, "_image", lambda _: (_ for _ in ()).throw(webui.Gone("no")))
+    monkeypatch.setattr(backend, "_is_there", lambda: False)
     monkeypatch.setattr(webui, "ALONE", 0.05)
     with pytest.raises(UserError, match=r"does not answer any more .no.; what is done is kept"):
         list(backend.render([Job(CONDITIONAL, "a", 1)]))
@@ -1108,6 +959,62 @@ def test_without_a_reader_of_toml_the_published_ones_are_there(monkeypatch):
     assert presets.all_presets() == presets.PRESETS
     with pytest.raises(UserError, match="pip install tomli"):
         presets.check_name("mine")
+
+
+def confirmed(*settings):
+    """What confirmed.json holds of these settings, the first being the baseline."""
+    told = {"rows": {"value": [1.0] * 3, "difference": [-1.0] * 3, "verdict": "lower"}}
+    bound = {"metric": "adherence", "margin": 5.0}
+    return {
+        "source": "w.json", "name": "w", "created": "2026-01-02",
+        "objective": {"minimize": ["rows"], "maximize": [], "bound": bound},
+        "settings": [{"id": "baseline" if i == 0 else f"best-{i}", **confirm._bounds(s), "confirmed": told}
+                     for i, s in enumerate(settings)],
+    }  # fmt: skip
+
+
+def test_conditional_only_is_no_preset_which_would_be_cfg_everywhere(capsys):
+    found = confirmed(everywhere(7.0), CONDITIONAL, Setting(0.5, 4.0, 9.0))
+    with pytest.raises(UserError, match=r"^--save mine: best-1 is conditional only.*cfg to 1.*--save mine=best-2$"):
+        command._save(found, "mine", "best-1")
+    assert not presets.my_file().exists()
+    command._save(found, "mine", "best-2")
+    assert presets.get_preset("mine").interval() == Setting(0.5, 4.0, 9.0).interval
+    with pytest.raises(UserError, match="the study confirmed no 'best-3'; there is best-1, best-2"):
+        command._save(found, "mine", "best-3")
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        ("mine=best-9", r"--save 'mine=best-9': a study confirms best-1, best-2, best-3, and no 'best-9'"),
+        ("mine=baseline", "and no 'baseline'"),
+        ("mine", r"FILE/presets.toml' cannot be written .its folder is a file.; set GUIDANCE_INTERVAL_PRESETS"),
+        ("mine", r"'.*FOLDER' cannot be written .Is a directory."),
+        ("mine", r"BROKEN' cannot be read .*put it right"),
+    ],
+)
+def test_what_could_not_be_saved_is_told_before_the_work(save, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "BROKEN").write_text("[mine")
+    for name in ("FILE/presets.toml", "FOLDER", "BROKEN"):
+        if name in message:
+            monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    for more in (["--dry-run"], []):
+        assert cli.main(["tune", "--model", "emoji", "--save", save, *more]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists() and (tmp_path / "BROKEN").read_text() == "[mine"
+
+
+def test_looking_whether_a_preset_can_be_saved_leaves_the_file_as_it_is():
+    presets.check_writable()
+    assert not list(presets.my_file().parent.iterdir())
+    file = presets.save_mine("mine", ENTRY)
+    before = file.read_bytes()
+    presets.check_writable()
+    assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("name", ["", "sdxl", "a=b", "a/b", " a", "[x]"])

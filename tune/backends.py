@@ -18,13 +18,17 @@ import torch
 from PIL import Image
 
 from ..a1111.settings import CONDITIONAL_ONLY, INTERVAL_KEY, format_interval
+from ..errors import plain
 from ..sampler_patch import GuidanceInterval
 
-SIGMA_MAX = 1_000_000.0  # The largest bound that ComfyUI's node takes: an interval above it guides nothing.
+SIGMA_MAX = 1_000_000.0  # The largest bound that ComfyUI's node takes.
 
 
 class Refused(Exception):
     """A host's answer, in its own words, to a job that it does not do, such as out of memory."""
+
+    def __init__(self, text):
+        super().__init__(plain(text))
 
 
 @dataclass(frozen=True, order=True)
@@ -89,9 +93,13 @@ class Rendered:
 
 
 def paste_comfyui(setting):
-    """The node as ComfyUI's API JSON has it, and the weight for the sampler: -1 is its open end."""
-    lo, hi = (SIGMA_MAX, math.inf) if setting.conditional_only else (setting.sigma_lo, setting.sigma_hi)
-    inputs = {"sigma_lo": lo, "sigma_hi": -1.0 if hi == math.inf else hi, "units": "edm", "outside": CONDITIONAL_ONLY}
+    """The node as ComfyUI's API JSON has it: -1 is its open end."""
+    lo, hi, units = setting.sigma_lo, setting.sigma_hi, "edm"
+    if setting.conditional_only:
+        # A flow model begins at sigma = inf, which every open end holds. As models count themselves, where that is
+        # t = 1, none comes near this bound.
+        lo, hi, units = SIGMA_MAX, math.inf, "model"
+    inputs = {"sigma_lo": lo, "sigma_hi": -1.0 if hi == math.inf else hi, "units": units, "outside": CONDITIONAL_ONLY}
     return {"class_type": "GuidanceInterval", "inputs": inputs}
 
 

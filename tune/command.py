@@ -5,13 +5,16 @@ import math
 import time
 from pathlib import Path
 
-from ..errors import UserError
+from ..a1111.settings import CONDITIONAL_ONLY
+from ..errors import UserError, plain
 from ..files import aligned, output_folder, sole_use
 from . import confirm, objectives, study
-from .backends import everywhere
+from .backends import Refused, everywhere
 from .view import View, duration
+from .workflow import content_of
 
 PREVIEW = 3  # Prompts that --dry-run shows.
+LONGEST = 16 * 2**20  # Bytes of a file of prompts.
 
 
 def run(
@@ -23,19 +26,22 @@ def run(
     reference=None,
     device="cpu",
     clip=None,
+    output_node=None,
     **options,
 ):
     """Tune one of: a workflow `source` on ComfyUI `servers`; the web UI at `a1111`, with the parameters of a picture
     `source` if there is one; or the `model` that ships.
 
-    prompts: a text file; reference: a folder of images; clip: of CLIP's weights; options: see `tune`. Raises UserError
-    for what cannot be.
+    prompts: a text file; reference: a folder of images; clip: of CLIP's weights; output_node: whose image of the
+    workflow is judged, None for the last one; options: see `tune`. Raises UserError for what cannot be.
     """
     if bool(model) == bool(source or a1111):
         given = " and ".join(repr(x) for x in (source, a1111, model) if x)
         raise UserError(f"tune takes one of a workflow, --a1111 URL and --model emoji, got {given or 'none of them'}")
     if servers and (a1111 or not source):
         raise UserError("--server is for a workflow of ComfyUI: name its file, and no --a1111")
+    if output_node is not None and (a1111 or not source):
+        raise UserError("--output-node is for a workflow of ComfyUI: name its file, and no --a1111")
     _parse_save(options.get("save"))
     texts = None if prompts is None else read_prompts(prompts)
     if model is not None:
@@ -47,7 +53,7 @@ def run(
         texts = texts or backend.prompts
         if unknown := [t for t in texts if t not in backend.prompts]:
             raise UserError(
-                f"--prompts {prompts!r}: the emoji model knows no {unknown[0]!r}; there are "
+                f"--prompts {prompts!r}: the emoji model knows no {plain(unknown[0], 80)!r}; there are "
                 f"{', '.join(backend.prompts[:5])} and {len(backend.prompts) - 5} more"
             )
         return tune(backend, judge, texts, **options)
@@ -60,7 +66,7 @@ def run(
     else:
         from .servers import Comfy
 
-        backend = Comfy(source, servers or ["http://127.0.0.1:8188"])
+        backend = Comfy(source, servers or ["http://127.0.0.1:8188"], output_node)
     with contextlib.closing(backend):
         return tune(backend, _judge(backend, device, reference, clip), texts, **options)
 
@@ -101,7 +107,7 @@ def tune(
     judge.check(prompts)
     plan = study.make_plan(name or _name(backend), prompts, trials, images, seed)
     if dry_run:
-        print("\n".join(_describe(plan, backend, judge)))
+        print("\n".join(plain(line) for line in _describe(plan, backend, judge)))
         return None
     out = output_folder(out)
     url = storage or f"sqlite:///{out.resolve() / 'study.db'}"
@@ -114,7 +120,8 @@ def tune(
                 return None
             chosen = confirm.choose(search)
             view.phase("confirming", (len(chosen) + 1) * len(plan.confirm) * objectives.SEEDS)
-            measured = confirm.confirm(search, out)
+            with _must_render():
+                measured = confirm.confirm(search, out)
         found = confirm.report(search, out, measured)
         print(table(found), "", *findings(found), sep="\n")
         from .report import write_report
@@ -145,12 +152,17 @@ def _is_ours(search, view):
 
 
 def _parse_save(save):
-    name, _, which = (save or "").partition("=")
+    """`(name, id)`, or `(None, None)` without one; raises UserError for what could not be saved after the work."""
     if save is None:
         return None, None
-    from ..presets import check_name
+    from .. import presets
 
-    return check_name(name), which or "best-1"
+    name, _, which = save.partition("=")
+    presets.check_name(name)
+    if (which := which or confirm.BEST[0]) not in confirm.BEST:
+        raise UserError(f"--save {save!r}: a study confirms {', '.join(confirm.BEST)}, and no {which!r}")
+    presets.check_writable()
+    return name, which
 
 
 def _save(found, name, which):
@@ -160,6 +172,12 @@ def _save(found, name, which):
     if setting is None:
         ids = [s["id"] for s in found["settings"] if s["id"] != "baseline"]
         raise UserError(f"--save {name}={which}: the study confirmed no {which!r}; there is {', '.join(ids) or 'none'}")
+    if _setting(setting).conditional_only:
+        other = confirm.BEST[which == confirm.BEST[0]]
+        raise UserError(
+            f"--save {name}: {which} is {CONDITIONAL_ONLY}, which is no interval, so no preset is saved: set cfg to 1 "
+            f"in your sampler. For another setting run the command again with --save {name}={other}"
+        )
     base, kept = found["settings"][0], {k: v for k, v in setting["confirmed"].items() if v["difference"]}
     goal = found["objective"]
     sides = [f"{word} {' and '.join(keys)}" for word, keys in (("least", goal["minimize"]), ("most", goal["maximize"]))
@@ -206,18 +224,31 @@ def _describe(plan, backend, judge):
         + ("of prompts that the search does not see" if plan.fresh_prompts else
            f"of the same prompts with fresh seeds (with {study.AT_LEAST} prompts or more, half would be kept for it)"),
         f"at most {most:,} images" + (f", about {duration(most / speed)} at {speed:.2g} a second" if speed else ""),
-        "prompts of the search: " + "; ".join(dict.fromkeys(b.text for b in plan.search[:PREVIEW])) + "; …",
+        "prompts of the search: " + "; ".join(dict.fromkeys(plain(b.text, 100) for b in plan.search[:PREVIEW])) + "; …",
     ]  # fmt: skip
     return lines
 
 
+@contextlib.contextmanager
+def _must_render():
+    """Where nothing goes on without the images: what the host refuses ends the command."""
+    try:
+        yield
+    except Refused as e:
+        raise UserError(f"the host refuses to render ({e}); what is done is kept: run the command again") from e
+
+
 def _speed(backend, plan):
     """Images a second, from the first few of the search. What is loaded for the first one is left out."""
-    jobs = [job for block in plan.search[:2] for _, job in block.jobs(everywhere(backend.weight))]
-    times = [time.monotonic(), *(time.monotonic() for _ in backend.render(jobs))]
-    spare = backend.workers  # The first of each.
-    seconds = times[-1] - times[spare]
-    return (len(jobs) - spare) / seconds if seconds > 0 else None
+    spare, jobs = backend.workers, []  # The first of each.
+    for block in (*plan.search, *plan.confirm):
+        jobs += [job for _, job in block.jobs(everywhere(backend.weight))]
+        if len(jobs) >= max(2 * objectives.SEEDS, 2 * spare):
+            break
+    with _must_render():
+        times = [time.monotonic(), *(time.monotonic() for _ in backend.render(jobs))]
+    timed = times[min(spare, len(jobs) - 1) :]
+    return (len(timed) - 1) / (timed[-1] - timed[0]) if timed[-1] > timed[0] else None
 
 
 def table(found):
@@ -279,11 +310,7 @@ def findings(found):
 def read_prompts(path):
     """The prompts of a text file, one on a line; raises UserError, naming the file, without any."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as e:
-        raise UserError(
-            f"--prompts {path!r} cannot be read ({e.strerror}); give a text file, one prompt on a line"
-        ) from e
+        lines = content_of(path, "--prompts", LONGEST).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
         raise UserError(f"--prompts {path!r} is not text in UTF-8; give a text file, a prompt on a line") from e
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

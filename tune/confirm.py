@@ -21,15 +21,16 @@ from .images import Folder
 from .objectives import SEEDS
 
 CONFIRMED = "confirmed.json"
+BEST = [f"best-{place}" for place in (1, 2, 3)]  # The ids of those that are confirmed, beside the baseline.
 
 
-def choose(search, count=3):
+def choose(search):
     """`[(id, label, Setting, Trial)]`: the baseline, and the best of those within the bound, as all trials tell.
 
-    First those of the front that together improve most on the baseline; if it has fewer than `count`, those of the
+    First those of the front that together improve most on the baseline; if it has fewer than three, those of the
     front without them; at last those that are least beyond the bound: in the search that may be bad luck.
     """
-    baseline = search.complete(study.BASELINE)
+    count, baseline = len(BEST), search.complete(study.BASELINE)
     rivals = [t for t in search.results() if t.number != baseline.number]
     losses, beyond = search.belief().told([search.setting_of(t) for t in rivals], objectives.LIKELY)
     corner = search.losses(baseline)
@@ -40,9 +41,8 @@ def choose(search, count=3):
         left = [i for i in left if i not in chosen]
     chosen += sorted((i for i in range(len(rivals)) if beyond[i] > 0), key=beyond.__getitem__)[: count - len(chosen)]
     found = [("baseline", study.BASELINE, baseline)]
-    found += [
-        (f"best-{place}", t.user_attrs.get("label", ""), t) for place, t in enumerate((rivals[i] for i in chosen), 1)
-    ]
+    best = [rivals[i] for i in chosen]
+    found += [(name, t.user_attrs.get("label", ""), t) for name, t in zip(BEST, best, strict=False)]
     return [(i, label, search.setting_of(t), t) for i, label, t in found]
 
 

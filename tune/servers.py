@@ -2,138 +2,132 @@
 
 A thread for each server holds a WebSocket, by which the server tells what is done, and fetches the images over HTTP.
 A server that goes away, or is silent for too long, costs its jobs only: they go back, and it is asked again from time
-to time. A server that answers "no" (out of memory, an invalid value) is told in its own words.
+to time. One that answers, but fails again and again, is out for good. A server that answers "no" (out of memory, an
+invalid value) is told in its own words.
 """
 
 import collections
 import contextlib
-import io
 import json
+import math
 import queue
 import sys
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, plain
 from . import backends, workflow
 from .backends import Refused, Rendered
+from .client import Client, Gone
 
 AHEAD = 2  # Jobs that a server has at a time: one at work and one waiting.
-TIMEOUT = 30  # Seconds for an answer over HTTP.
 SILENCE = 600  # Seconds without a word of a job's progress until its server counts as hanging.
+LOOK = 2  # Seconds until it is asked what is done, if it does not tell.
 RETRY = 2  # Seconds until a server that went away is asked again.
 ALONE = 120  # Seconds without any server until the command ends.
-
-
-class Gone(Exception):
-    """A server does not answer, or not as one does."""
+FAILURES = 5  # Of a server that answers in between, without an image, until it is out for good.
 
 
 class Server:
-    """One ComfyUI over HTTP. Raises Gone where it does not answer, and Refused for its errors."""
+    """One ComfyUI. Raises Gone where it does not answer, or not as one does, and Refused for its errors.
 
-    def __init__(self, url):
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"--server {url!r} is not an address; give one like http://127.0.0.1:8188")
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
-        self.client, self.warm, self.away = uuid.uuid4().hex, False, False
+    failures: since its last image; out: why it is out for good, or None.
+    """
+
+    def __init__(self, url, limits=None):
+        self.client = Client("--server", url, "http://127.0.0.1:8188", _refusal, limits)
+        self.id, self.warm, self.away, self.failures, self.out = uuid.uuid4().hex, False, False, 0, None
 
     def __str__(self):
-        return self.url
+        return str(self.client)
 
-    def get(self, path, **query):
-        return self._json(path + ("?" + urllib.parse.urlencode(query) if query else ""))
-
-    def post(self, path, body):
-        return self._json(path, json.dumps(body).encode())
-
-    def _json(self, path, data=None):
-        answer = self._open(path, data)
-        try:
-            return json.loads(answer) if answer else None
-        except ValueError as e:
-            raise Gone(f"{self.url}{path} answers, but not as ComfyUI does") from e
-
-    def _open(self, path, data=None):
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return response.read()
-        except urllib.error.HTTPError as e:
-            with contextlib.suppress(OSError, ValueError):
-                body = json.loads(e.read())
-                if "error" in body:
-                    raise Refused(_words(body)) from e
-            raise Gone(f"{self.url}{path} answers {e.code} {e.reason}") from e
-        except (OSError, ValueError) as e:  # Of http.client some are ValueErrors.
-            raise Gone(f"{self.url} does not answer ({getattr(e, 'reason', None) or e})") from e
-        except Exception as e:  # http.client's own: an answer that breaks off.
-            raise Gone(f"{self.url} broke off ({e})") from e
+    def object_info(self):
+        answer = self.client.get("/object_info")
+        return self.client.read("/object_info", answer, lambda told: workflow.Types(told))
 
     def queue(self, graph):
-        return self.post("/prompt", {"prompt": graph, "client_id": self.client})["prompt_id"]
+        """Give it a job; returns its number there."""
+        answer = self.client.post("/prompt", {"prompt": graph, "client_id": self.id})
+        return self.client.read("/prompt", answer, lambda told: _is(str, told["prompt_id"]))
+
+    def is_there(self):
+        """Raise Gone unless it answers."""
+        self.client.get("/queue")
 
     def finished(self, job):
-        """What the history says of a job: `(outputs, seconds)`, or None while it is under way."""
-        entry = (self.get(f"/history/{job}") or {}).get(job)
-        if entry is None:
+        """What the history says of a job: `({node: output}, seconds)`, or None while it is under way."""
+
+        def ended(told):
+            if not told or job not in told:
+                return None
+            entry = _is(dict, told[job])
+            status, outputs = _is(dict, entry["status"]), _is(dict, entry["outputs"])
+            return {name: detail for name, detail in status["messages"]}, status.get("completed", True), outputs
+
+        path = f"/history/{job}"
+        found = self.client.read(path, self.client.get(path), ended)
+        if found is None:
             return None
-        told = {name: detail for name, detail in entry["status"]["messages"]}
+        told, completed, outputs = found
         for name in ("execution_error", "execution_interrupted"):
             if name in told:
-                raise Refused(_words(told[name]) if name == "execution_error" else "it was interrupted at the server")
-        if not entry["status"].get("completed", True):
+                raise Refused(_error(told[name]) if name == "execution_error" else "it was interrupted at the server")
+        if not completed:
             return None
-        times = [told.get(n, {}).get("timestamp") for n in ("execution_start", "execution_success")]
-        return entry["outputs"], None if None in times else (times[1] - times[0]) / 1000
+        begin, end = (_dict(told.get(n)).get("timestamp") for n in ("execution_start", "execution_success"))
+        timed = all(type(t) in (int, float) for t in (begin, end)) and 0 <= end - begin < math.inf
+        return outputs, (end - begin) / 1000 if timed else None
 
     def image(self, entry):
-        query = {k: entry.get(k, "") for k in ("filename", "subfolder", "type")}
-        content = self._open("/view?" + urllib.parse.urlencode(query))
-        try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as e:
-            raise Gone(f"{self.url} sent an image that cannot be read ({e})") from e
+        query = {k: str(entry.get(k, "")) for k in ("filename", "subfolder", "type")}
+        return self.client.image("/view", **query)
 
-    def connect(self):
-        import websocket
-
-        try:
-            return websocket.create_connection(
-                f"ws{self.url.removeprefix('http')}/ws?clientId={self.client}", timeout=TIMEOUT
-            )
-        except (OSError, websocket.WebSocketException) as e:
-            raise Gone(f"{self.url} takes no WebSocket ({e})") from e
+    def listen(self):
+        """A context: its WebSocket."""
+        return self.client.listen(f"/ws?clientId={self.id}")
 
     def drop(self, jobs):
         """Take back jobs that nobody waits for any more."""
         with contextlib.suppress(Gone, Refused):
-            self.post("/queue", {"delete": list(jobs)})
-            running = {entry[1] for entry in self.get("/queue")["queue_running"]}
+            self.client.post("/queue", {"delete": list(jobs)})
+            answer = self.client.get("/queue")
+            running = self.client.read("/queue", answer, lambda told: {entry[1] for entry in told["queue_running"]})
             for job in running & set(jobs):
-                self.post("/interrupt", {"prompt_id": job})
+                self.client.post("/interrupt", {"prompt_id": job})
 
 
-def _words(told):
-    """An error of the server, as it says it."""
-    if "exception_message" in told:
-        return f"{told.get('node_type', 'a node')}: {str(told['exception_message']).strip()}"
+def _is(kind, value):
+    """`value`, if it is of that type; raises TypeError."""
+    if not isinstance(value, kind):
+        raise TypeError(f"it is no {kind.__name__}")
+    return value
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def _error(told):
+    """An error while it rendered, as it says it."""
+    told = _dict(told)
+    return f"{told.get('node_type', 'a node')}: {str(told.get('exception_message', 'it failed')).strip()}"
+
+
+def _refusal(status, told):
+    """An error of the server, as it says it, or None if it is no such answer."""
+    error = _dict(told).get("error")
+    if not error:
+        return None
     errors = [
-        f"{node.get('class_type', 'a node')}: {e.get('details') or e.get('message')}"
-        for node in (told.get("node_errors") or {}).values()
-        for e in node.get("errors", [])
+        f"{node.get('class_type', 'a node')}: {_dict(e).get('details') or _dict(e).get('message')}"
+        for node in map(_dict, _dict(told.get("node_errors")).values())
+        for e in (node.get("errors") if isinstance(node.get("errors"), list) else [])
     ]
-    error = told["error"]
-    return "; ".join(errors) or (error if isinstance(error, str) else error.get("message", str(error)))
+    return "; ".join(errors) or str(_dict(error).get("message") or error)
 
 
 class Comfy:
@@ -144,60 +138,69 @@ class Comfy:
 
     host, prompts = "ComfyUI", None
 
-    def __init__(self, path, urls):
+    def __init__(self, path, urls, output=None, limits=None):
         graph = workflow.read(path)
-        self.servers = list({s.url: s for s in map(Server, urls)}.values())
+        self.servers = list({str(s): s for s in (Server(url, limits) for url in urls)}.values())
         self.workers = len(self.servers)
+        try:
+            self.workflow = workflow.Workflow(path, graph, self._types(path, graph), output)
+        except BaseException:
+            self.close()
+            raise
+        self.source, self.weight = Path(path).name, self.workflow.weight
+        self.identity = {"workflow": _digest(self.workflow)}
+        self.shows_emoji = any(n["class_type"] == "GuidanceIntervalDemoModel" for n in graph.values())
+        self.sigmas = self._probe()
+
+    def _types(self, path, graph):
+        """What the first server knows of its nodes; raises UserError unless all have what the workflow needs."""
         lacking, types = [], None
         for server in self.servers:
             try:
-                here = workflow.Types(server.get("/object_info"))
+                here = server.object_info()
             except (Gone, Refused) as e:
                 raise UserError(f"--server {server}: no ComfyUI there ({e}); start it, or give another address") from e
-            if not isinstance(here.info, dict) or "KSampler" not in here:
+            if "KSampler" not in here:
                 raise UserError(f"--server {server} is no ComfyUI: it knows no KSampler; give another address")
             if found := workflow.missing(graph, here):
                 lacking.append(f"{server} lacks {', '.join(found)}")
             types = types or here
         if lacking:
             raise UserError(f"workflow {str(path)!r} cannot run: {'; '.join(lacking)}")
-        self.workflow = workflow.Workflow(path, graph, types)
-        self.source, self.weight = Path(path).name, self.workflow.weight
-        self.identity = {"workflow": _digest(self.workflow)}
-        self.shows_emoji = any(n["class_type"] == "GuidanceIntervalDemoModel" for n in graph.values())
-        self.sigmas = self._probe()
+        return types
 
     def _probe(self):
         """The noise levels of an image's steps, as our schedule node tells them, or None."""
         probe = self.workflow.probe()
         if probe is None:
             return None
-        graph, ids = probe
+        graph, tables = probe
         server = self.servers[0]
         try:
             job = server.queue(graph)
             begin = time.monotonic()
             while (found := server.finished(job)) is None:
                 if time.monotonic() - begin > SILENCE:
-                    return None
+                    server.drop([job])
+                    raise Gone(f"{server} has not told it for {SILENCE} s")
                 time.sleep(0.2)
-            levels = [s for n in ids for text in found[0][n]["text"] for s in workflow.schedule_levels(text)]
-        except (Gone, Refused, KeyError) as e:
-            print(f"note: the schedule cannot be told ({e}); seconds are the cost", file=sys.stderr)
+            levels = [s for table in tables for s in table.levels(found[0])]
+        except (Gone, Refused, LookupError, TypeError, ValueError, AttributeError) as e:
+            print(f"note: the schedule cannot be told ({plain(e)}); seconds are the cost", file=sys.stderr)
             return None
         return torch.tensor(levels) if levels else None
 
     def render(self, jobs):
         work = _Work(self, jobs)
-        threads = [threading.Thread(target=work.serve, args=(s,), daemon=True) for s in self.servers]
-        for thread in threads:
+        threads = {s: threading.Thread(target=work.serve, args=(s,), daemon=True) for s in self.servers if not s.out}
+        for thread in threads.values():
             thread.start()
         try:
             for _ in jobs:
                 yield work.next()
         finally:
             work.stop.set()
-            for server, thread in zip(self.servers, threads, strict=True):
+            for server, thread in threads.items():
                 if not server.away:
                     thread.join(timeout=5)
 
@@ -214,6 +217,8 @@ class Comfy:
 
     def close(self):
         """The servers go on."""
+        for server in self.servers:
+            server.client.close()
 
 
 def _digest(made):
@@ -242,13 +247,9 @@ class _Work:
             try:
                 found = self.done.get(timeout=1)
             except queue.Empty:
-                now = time.monotonic()
-                self.alone = (self.alone or now) if all(s.away for s in self.there) else None
-                if self.alone is not None and now - self.alone > ALONE:
-                    raise UserError(
-                        f"no server answers any more ({', '.join(map(str, self.there))}); what is done is kept: start "
-                        "one and run the command again"
-                    ) from None
+                found = None
+            if found is None:  # Or a server is out.
+                self._check_servers()
                 continue
             if isinstance(found, Exception):
                 raise found
@@ -256,25 +257,38 @@ class _Work:
                 self.given.add(found[0])
                 return found
 
+    def _check_servers(self):
+        """Raise UserError when no server is left, or none has answered for a while."""
+        if all(s.out for s in self.there):
+            told = "; ".join(s.out for s in self.there)
+            raise UserError(f"{told}. What is done is kept: put it right and run the command again")
+        now = time.monotonic()
+        self.alone = (self.alone or now) if all(s.away or s.out for s in self.there) else None
+        if self.alone is not None and now - self.alone > ALONE:
+            raise UserError(
+                f"no server answers any more ({', '.join(map(str, self.there))}); what is done is kept: start one and "
+                "run the command again"
+            )
+
     def take(self):
         with self.lock:
             return self.todo.popleft() if self.todo else None
 
     def serve(self, server):
-        """Render jobs on one server until all is to stop."""
+        """Render jobs on one server until all is to stop, or it is out."""
         while not self.stop.is_set():
-            at_work = {}
+            at_work, was_away = {}, server.away
             try:
                 if server.away:  # It is asked without a job in its hands: one that hangs would keep it.
-                    server.get("/queue")
-                    server.away = False
+                    server.is_there()
+                    server.away = was_away = False
                     print(f"{server} is back", file=sys.stderr)
                 self._serve(server, at_work)
                 return
             except Gone as e:
                 self._back(at_work)
-                if not server.away:
-                    print(f"{server} is left out for now: {e}", file=sys.stderr)
+                if not was_away and self._failed(server, e):
+                    return
                 server.away = True
                 self.stop.wait(RETRY)
             except Exception as e:  # Refused, or a bug: the whole trial is off.
@@ -283,18 +297,31 @@ class _Work:
                 self.done.put(e)
                 return
 
+    def _failed(self, server, error):
+        """Count a failure of a server that had answered; whether it is out now, since it only ever fails."""
+        server.failures += 1
+        if server.failures >= FAILURES:
+            server.out = f"{server} is out for good: it failed {FAILURES} times without an image, at last since {error}"
+            print(server.out, file=sys.stderr)
+            self.done.put(None)
+        else:
+            print(f"{server} is left out for now: {error}", file=sys.stderr)
+        return server.out is not None
+
     def _back(self, at_work):
         with self.lock:
             self.todo.extendleft(at_work.values())
 
     def _serve(self, server, at_work):
-        socket = None
-        try:
+        with contextlib.ExitStack() as stack:
+            socket, looked = None, 0.0
             while not self.stop.is_set():
                 while len(at_work) < AHEAD and (i := self.take()) is not None:
                     job = self.jobs[i]
                     try:
                         number = server.queue(self.backend.workflow.graph(job.setting, job.prompt, job.seed))
+                        if number in at_work:
+                            raise Gone(f"{server} gives two jobs the number {number}")
                     except Exception:
                         at_work[f"not queued {i}"] = i
                         raise
@@ -304,46 +331,39 @@ class _Work:
                     self.stop.wait(0.2)  # Another server may give its jobs back.
                     continue
                 if socket is None:
-                    socket = server.connect()
-                    self._collect(server, at_work)  # What was done before it listened.
-                else:
-                    self._listen(server, socket, at_work)
+                    socket = stack.enter_context(server.listen())  # What was done before is seen below.
+                elif not self._ended(server, socket, at_work) and time.monotonic() - looked < LOOK:
+                    continue
+                looked = time.monotonic()
+                self._collect(server, at_work)  # Also tells whether it answers.
+                if at_work and time.monotonic() - self.there[server] > SILENCE:
+                    server.drop(at_work)
+                    raise Gone(f"{server} has made no progress for {SILENCE} s")
             server.drop(at_work)
-        finally:
-            if socket is not None:
-                with contextlib.suppress(Exception):
-                    socket.close()
 
-    def _listen(self, server, socket, at_work):
-        """Wait for one message, and collect what is done."""
-        import websocket
+    def _ended(self, server, socket, at_work):
+        """Wait for a message; whether it tells of a job's end."""
+        from websockets.exceptions import ConnectionClosed
 
-        socket.settimeout(2)
         try:
-            message = socket.recv()
-        except websocket.WebSocketTimeoutException:
-            message = None
-        except (OSError, websocket.WebSocketException) as e:
-            raise Gone(f"{server} broke off ({e})") from e
-        if message == "":
-            raise Gone(f"{server} closed the connection")
-        if message is None:
-            self._collect(server, at_work)  # Also tells whether it answers.
-            if time.monotonic() - self.there[server] > SILENCE:
-                server.drop(at_work)
-                raise Gone(f"{server} has made no progress for {SILENCE} s")
-            return
+            message = socket.recv(timeout=LOOK)
+        except TimeoutError:
+            return False
+        except (OSError, ConnectionClosed) as e:
+            raise Gone(f"{server} closed its WebSocket ({e})") from e
         if isinstance(message, bytes):  # A preview.
             self.there[server] = time.monotonic()
-            return
-        told = json.loads(message)
-        about = told.get("data", {}).get("prompt_id")
-        if about not in at_work:
-            return
+            return False
+        try:
+            told = _dict(json.loads(message))
+        except (ValueError, RecursionError):  # Not of ComfyUI itself; what is done is asked for all the same.
+            return False
+        data = _dict(told.get("data"))
+        if not isinstance(data.get("prompt_id"), str) or data["prompt_id"] not in at_work:
+            return False
         self.there[server] = time.monotonic()
-        ended = told["type"] == "executing" and told["data"].get("node") is None
-        if ended or told["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-            self._collect(server, at_work)
+        ended = told.get("type") == "executing" and data.get("node") is None
+        return ended or told.get("type") in ("execution_success", "execution_error", "execution_interrupted")
 
     def _collect(self, server, at_work):
         for number, i in list(at_work.items()):
@@ -351,12 +371,12 @@ class _Work:
             if found is None:
                 continue
             outputs, seconds = found
-            shown = outputs.get(self.backend.workflow.output, {}).get("images") or []
-            if not shown:
+            shown = _dict(outputs.get(self.backend.workflow.output)).get("images")
+            if not isinstance(shown, list) or not shown:
                 raise Refused(f"the workflow gave no image at node {self.backend.workflow.output}")
-            image = server.image(shown[0])
+            image = server.image(_dict(shown[0]))
             del at_work[number]
-            self.there[server] = time.monotonic()
+            self.there[server], server.failures = time.monotonic(), 0
             job = self.jobs[i]
             # The first of a server also loads the model.
             seconds = seconds if server.warm else None

@@ -27,7 +27,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from ..errors import UserError
+from ..errors import UserError, without_password
 from ..presets import get_preset
 from . import objectives
 from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
@@ -226,7 +226,7 @@ def open_storage(url):
         return storage
     except Exception as e:  # Of SQLAlchemy, of its drivers, of gRPC.
         raise UserError(
-            f"storage {url!r} cannot be used ({_first_line(e)}); give a database's URL, like "
+            f"storage {without_password(url)!r} cannot be used ({_first_line(e)}); give a database's URL, like "
             "postgresql+psycopg://user:password@host/name or sqlite:///study.db, or leave it out"
         ) from e
 

@@ -1,25 +1,23 @@
 """Automatic1111, Forge and reForge as a backend, by their API and our accordion in it."""
 
 import base64
-import binascii
 import concurrent.futures
-import io
+import contextlib
 import json
+import math
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
-from PIL import Image
-
 from ..a1111.settings import BOTH_PASSES, CONDITIONAL_ONLY, CUSTOM, TITLE
-from ..errors import UserError
+from ..errors import UserError, plain
 from . import backends
 from .backends import Refused, Rendered
+from .client import Client, Gone, read_image
+from .workflow import content_of
 
-TIMEOUT, SILENCE, ALONE, POLL = 30, 600, 120, 1.0  # Seconds, as in servers.py; between looks at the progress.
+SILENCE, ALONE, FAILURES = 600, 120, 5  # As in servers.py.
+POLL = 1.0  # Seconds between looks at the progress, and until it is asked again.
 # What is rendered where no picture says otherwise; names as the API has them: (name in a picture's parameters, value).
 DEFAULTS = {
     "negative_prompt": ("Negative prompt", ""),
@@ -32,10 +30,6 @@ DEFAULTS = {
 }
 
 
-class Gone(Exception):
-    """The web UI does not answer, or not as one does."""
-
-
 class WebUI:
     """A backend: what the web UI at `url` has loaded, with the parameters of a picture that it saved, or DEFAULTS.
 
@@ -45,101 +39,127 @@ class WebUI:
 
     host, prompts, sigmas, workers = "A1111", None, None, 1
 
-    def __init__(self, url, picture=None):
-        parts = urllib.parse.urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"--a1111 {url!r} is not an address; give one like http://127.0.0.1:7860")
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+    def __init__(self, url, picture=None, limits=None):
+        self.client = Client("--a1111", url, "http://127.0.0.1:7860", _refusal, limits)
         try:
-            scripts = self._get("/sdapi/v1/scripts")["txt2img"]
-            checkpoint = self._get("/sdapi/v1/options").get("sd_model_checkpoint")
-        except (Gone, Refused, KeyError, TypeError, AttributeError) as e:
+            self._set_up(picture)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, picture):
+        try:
+            scripts = self._get("/sdapi/v1/scripts", lambda told: [name.lower() for name in told["txt2img"]])
+            checkpoint = self._get("/sdapi/v1/options", lambda told: told.get("sd_model_checkpoint"))
+        except (Gone, Refused) as e:
             raise UserError(
-                f"--a1111 {self.url}: no web UI with an API there ({e}); start it with --api, or give another address"
+                f"--a1111 {self.client}: no web UI with an API there ({e}); start it with --api, or give another "
+                "address"
             ) from e
-        if TITLE.lower() not in map(str.lower, scripts):
+        if TITLE.lower() not in scripts:
             raise UserError(
-                f"--a1111 {self.url} lacks the extension {TITLE}: install it with the address of this repository, and "
-                "restart"
+                f"--a1111 {self.client} lacks the extension {TITLE}: install it with the address of this repository, "
+                "and restart"
             )
         self.parameters = {key: value for key, (_, value) in DEFAULTS.items()}
         if picture is not None:
             self.parameters |= self._read(picture)
-        self.weight = float(self.parameters["cfg_scale"])
-        if self.weight <= 1:
-            raise UserError(
-                f"the picture {str(picture)!r} has CFG scale {self.weight:g}: there is no guidance to limit"
-            )
-        self.source = self.url if picture is None else Path(picture).name
+        self.weight = self.parameters["cfg_scale"]
+        if not 1 < self.weight <= 1000:
+            why = "there is no guidance to limit" if self.weight <= 1 else "no web UI takes so much"
+            raise UserError(f"the picture {str(picture)!r} has CFG scale {self.weight:g}: {why}")
+        self.source = str(self.client) if picture is None else Path(picture).name
         self.identity = {"checkpoint": checkpoint, "parameters": self.parameters}
         self.warm = False
 
     def _read(self, picture):
         """The parameters in a picture, as the web UI itself reads them."""
-        try:
-            content = Path(picture).read_bytes()
-        except OSError as e:
-            raise UserError(f"picture {str(picture)!r} cannot be read ({e.strerror})") from e
+        content = content_of(picture, "picture")
         encoded = "data:image/png;base64," + base64.b64encode(content).decode()
+        path = "/sdapi/v1/png-info"
         try:
-            found = self._post("/sdapi/v1/png-info", {"image": encoded}, TIMEOUT).get("parameters") or {}
+            answer = self.client.post(path, {"image": encoded})
+            found = self.client.read(path, answer, lambda told: dict(told.get("parameters") or {}))
         except (Gone, Refused) as e:
-            raise UserError(f"picture {str(picture)!r} cannot be read by {self.url} ({e})") from e
+            raise UserError(f"picture {str(picture)!r} cannot be read by {self.client} ({e})") from e
         if "Steps" not in found:
             raise UserError(
                 f"picture {str(picture)!r} holds no parameters: give a PNG that the web UI saved, or none for "
                 f"{DEFAULTS['steps'][1]} steps of {DEFAULTS['sampler_name'][1]}"
             )
-        kept = {k: type(value)(found[name]) for k, (name, value) in DEFAULTS.items() if found.get(name) is not None}
+        try:
+            kept = {k: type(value)(found[name]) for k, (name, value) in DEFAULTS.items() if found.get(name) is not None}
+        except (TypeError, ValueError, OverflowError) as e:
+            raise UserError(f"picture {str(picture)!r} holds parameters that are none ({plain(e, 100)})") from e
         if "Schedule type" not in found:
             kept["scheduler"] = "Automatic"
         return kept
 
     def render(self, jobs):
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            for i, job in enumerate(jobs):
-                yield i, self._render(pool, job)
+        for i, job in enumerate(jobs):
+            yield i, self._render(job)
 
-    def _render(self, pool, job):
-        """One image; a web UI that goes away is waited for, a while."""
-        away, said = time.monotonic(), False
+    def _render(self, job):
+        """One image; a web UI that goes away is waited for, a while, and one that only fails is not."""
+        away, failures = None, 0
         while True:
             try:
                 begin = time.monotonic()
-                answer = self._await(pool.submit(self._post, "/sdapi/v1/txt2img", self.payload(job), None))
+                image = self._image(job)
                 seconds, self.warm = (time.monotonic() - begin if self.warm else None), True
-                return Rendered(self._image(answer), None, seconds)
+                return Rendered(image, None, seconds)
             except Gone as e:
-                if time.monotonic() - away > ALONE:
+                if away is None:
+                    print(f"{self.client} is waited for: {e}", file=sys.stderr)
+                away = away or time.monotonic()
+                failures += self._is_there()
+                if failures >= FAILURES or time.monotonic() - away > ALONE:
+                    gone = f"failed {failures} times" if failures >= FAILURES else "does not answer any more"
                     raise UserError(
-                        f"--a1111 {self.url} does not answer any more ({e}); what is done is kept: start it and run "
-                        "the command again"
+                        f"--a1111 {self.client} {gone} ({e}); what is done is kept: start it and run the command again"
                     ) from e
-                if not said:
-                    print(f"{self.url} is waited for: {e}", file=sys.stderr)
-                said = True
                 time.sleep(POLL)
 
-    def _await(self, answer):
-        """The result of a request, while its progress tells that it goes on."""
+    def _is_there(self):
+        with contextlib.suppress(Gone, Refused):
+            self.client.get("/sdapi/v1/progress", skip_current_image="true")
+            return True
+        return False
+
+    def _image(self, job):
+        path = "/sdapi/v1/txt2img"
+        future = self.client.start_post(path, self.payload(job))
+        try:
+            self._await(future)
+        finally:
+            future.cancel()  # Given up, or done.
+        answer = self.client.answer_of(path, future)
+        content = self.client.read(path, answer, lambda told: base64.b64decode(told["images"][0].rpartition(",")[2]))
+        try:
+            return read_image(content, self.client.limits)
+        except ValueError as e:
+            raise Refused(f"{self.client} gave no image to use ({e})") from e
+
+    def _await(self, future):
+        """Wait for a request, while its progress tells that it goes on."""
         seen, since = None, time.monotonic()
-        while not answer.done():
-            concurrent.futures.wait([answer], timeout=POLL)
-            if answer.done():
-                break
-            try:
-                told = self._get("/sdapi/v1/progress?skip_current_image=true")
-                now = told.get("progress"), (told.get("state") or {}).get("sampling_step")
-            except (Gone, Refused):
-                continue  # The request itself will tell.
-            if now != seen:
-                seen, since = now, time.monotonic()
+        while not concurrent.futures.wait([future], timeout=POLL).done:
+            with contextlib.suppress(Gone, Refused):  # The request itself will tell.
+                now = self._get(
+                    "/sdapi/v1/progress",
+                    lambda told: (told.get("progress"), (told.get("state") or {}).get("sampling_step")),
+                    skip_current_image="true",
+                )
+                if now != seen:
+                    seen, since = now, time.monotonic()
             if time.monotonic() - since > SILENCE:
                 raise UserError(
-                    f"--a1111 {self.url} has made no progress for {SILENCE} s; what is done is kept: restart it and "
+                    f"--a1111 {self.client} has made no progress for {SILENCE} s; what is done is kept: restart it and "
                     "run the command again"
                 )
-        return answer.result()
+
+    def _get(self, path, how, **query):
+        return self.client.read(path, self.client.get(path, **query), how)
 
     def payload(self, job):
         """The request for one image."""
@@ -147,7 +167,7 @@ class WebUI:
         if setting.conditional_only:
             args = [True, CONDITIONAL_ONLY, 0.0, 0.0, BOTH_PASSES]
         else:
-            hi = setting.sigma_hi if setting.sigma_hi < float("inf") else 0.0  # 0: no upper limit.
+            hi = setting.sigma_hi if setting.sigma_hi < math.inf else 0.0  # 0: no upper limit.
             args = [True, CUSTOM, setting.sigma_lo, hi, BOTH_PASSES]
         weight = self.weight if setting.conditional_only else setting.weight
         return {
@@ -162,47 +182,21 @@ class WebUI:
             "alwayson_scripts": {TITLE: {"args": args}},
         }
 
-    def _image(self, answer):
-        try:
-            content = base64.b64decode(answer["images"][0].rpartition(",")[2])
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except (KeyError, IndexError, TypeError, AttributeError, binascii.Error, OSError, SyntaxError) as e:
-            raise Refused(f"{self.url} gave no image") from e
-
-    def _get(self, path):
-        return self._open(path, None, TIMEOUT)
-
-    def _post(self, path, body, timeout):
-        return self._open(path, json.dumps(body).encode(), timeout)
-
-    def _open(self, path, data, timeout):
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as e:
-            try:
-                told = json.loads(e.read())
-            except (OSError, ValueError):
-                told = {}
-            if e.code in (422, 500) and isinstance(told, dict) and told:
-                raise Refused(_words(told)) from e
-            raise Gone(f"{path} answers {e.code} {e.reason}") from e
-        except Exception as e:  # Of urllib, http.client, json.
-            raise Gone(f"it does not answer ({getattr(e, 'reason', None) or e})") from e
-
     def describe(self):
         told = ", ".join(f"{k} {v}" for k, v in self.parameters.items() if v != "")
-        return [f"web UI: {self.url}, {self.identity['checkpoint']}", f"  {told}"]
+        return [f"web UI: {self.client}, {self.identity['checkpoint']}", f"  {told}"]
 
     paste = staticmethod(backends.paste)
 
     def close(self):
         """The web UI goes on."""
+        self.client.close()
 
 
-def _words(told):
-    """An error of the web UI, as it says it: {"error", "detail", "errors"}."""
+def _refusal(status, told):
+    """An error of the web UI, {"error", "detail", "errors"}, as it says it, or None if it is no such answer."""
+    if status not in (422, 500) or not isinstance(told, dict) or not told:
+        return None
     detail = told.get("detail")
     parts = [told.get("error"), detail if isinstance(detail, str) else json.dumps(detail) if detail else "",
              told.get("errors")]  # fmt: skip

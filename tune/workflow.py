@@ -5,13 +5,17 @@ so that samplers of other packs are found too.
 """
 
 import copy
+import graphlib
 import json
 import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, plain
+from ..measure.folder import UNREADABLE, first_line
 from .backends import paste_comfyui
 
 PATCHES = {"GuidanceInterval", "GuidanceIntervalPercent", "GuidanceIntervalSteps", "GuidanceIntervalPreset"}
@@ -21,90 +25,147 @@ WEIGHTS = ("cfg", "cfg_conds")
 SEEDS = ("seed", "noise_seed")
 TEXTS = ("text", "prompt", "text_g", "text_l", "clip_l", "clip_g", "t5xxl", "subgroup", "string", "value")
 HERE = "{prompt}"
+STEPS = 10_000  # No sampler of the host has more; an end beyond them is none.
+MOST_CFG = 1000.0
+LARGEST, DEEPEST = 256 * 2**20, 100  # Of a file that is given, in bytes; of what lies in each other in a workflow.
 EXPORT = "open it in ComfyUI, choose Workflow > Export (API), and give that file"
+
+
+def content_of(path, what, most=LARGEST):
+    """The bytes of a file that is given; raises UserError, naming it, for what is none, and what is too large."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{what} {str(path)!r} is not a file")
+        if (size := os.path.getsize(path)) > most:
+            raise UserError(f"{what} {str(path)!r} is too large ({size / 2**20:.0f} MB, at most {most / 2**20:.0f})")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{what} {str(path)!r} cannot be read ({getattr(e, 'strerror', None) or e})") from e
 
 
 def read(path):
     """The graph `{id: {"class_type", "inputs"}}` in a .json or .png; raises UserError, naming the file, without one."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as e:
-        raise UserError(f"workflow {str(path)!r} cannot be read ({e.strerror})") from e
+    content = content_of(path, "workflow")
     if content.startswith(b"\x89PNG"):
         content = _from_png(path)
     try:
-        graph = json.loads(content)
-    except ValueError as e:
+        graph = json.loads(content, parse_constant=_no_number)
+        _check_depth(graph)
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, UserError):
+            raise UserError(f"workflow {str(path)!r} {e}") from e
         raise UserError(f"workflow {str(path)!r} is neither JSON nor a PNG that ComfyUI saved; {EXPORT}") from e
     if isinstance(graph, dict) and isinstance(graph.get("prompt"), dict):
         graph = graph["prompt"]
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise UserError(f"workflow {str(path)!r} is in the editor's form, without what the API needs; {EXPORT}")
     nodes = list(graph.values()) if isinstance(graph, dict) else []
-    if not nodes or not all(isinstance(n, dict) and "class_type" in n and "inputs" in n for n in nodes):
+    if not nodes or not all(isinstance(n, dict) and isinstance(n.get("class_type"), str) for n in nodes):
         raise UserError(f"workflow {str(path)!r} is no workflow of ComfyUI; {EXPORT}")
+    for n, node in graph.items():
+        if not isinstance(node.get("inputs"), dict):
+            told = plain(json.dumps(node.get("inputs")), 40)
+            raise UserError(f"workflow {str(path)!r} has {told} for the inputs of {_named(n, node)}; {EXPORT}")
     return {str(k): {"class_type": n["class_type"], "inputs": dict(n["inputs"])} for k, n in graph.items()}
+
+
+def _no_number(name):
+    raise UserError(f"holds {name}, which is no number of JSON: type one in its place in ComfyUI")
+
+
+def _check_depth(value):
+    """Raise UserError where too much lies in each other, for what copies it."""
+    level = [value]
+    for _ in range(DEEPEST):
+        if any(isinstance(x, float) and not math.isfinite(x) for x in level):
+            _no_number("a number beyond all bounds")
+        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return
+    raise UserError(f"is nested more than {DEEPEST} levels deep, as none of ComfyUI is")
 
 
 def _from_png(path):
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = getattr(image, "text", {})
-    except (OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"workflow {str(path)!r} is a PNG that cannot be read ({e})") from e
+    except UNREADABLE as e:
+        raise UserError(f"workflow {str(path)!r} is a PNG that cannot be read ({plain(first_line(e), 100)})") from e
     if "prompt" not in text:
         raise UserError(f"image {str(path)!r} holds no workflow: give one that ComfyUI itself saved, or {EXPORT}")
     return text["prompt"]
 
 
+def _named(n, node):
+    return plain(f"node {n} ({node['class_type']})", 80)
+
+
 def is_link(value):
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int))
+    return (
+        isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int)) and isinstance(value[1], int)
+    )
 
 
 class Types:
-    """What a server's /object_info says of its nodes."""
+    """What a server's /object_info says of its nodes. Raises TypeError for what is no such answer."""
 
     def __init__(self, info):
-        self.info = info
+        if not isinstance(info, dict):
+            raise TypeError("it is no dict of nodes")
+        self._nodes = {name: _declared(node) for name, node in info.items() if isinstance(node, dict)}
 
     def __contains__(self, name):
-        return name in self.info
+        return name in self._nodes
 
     def inputs(self, name):
         """`{input: type}`; of a choice its type is the list of choices."""
-        found = {}
-        for kind in ("required", "optional"):
-            for key, spec in (self.info.get(name, {}).get("input", {}).get(kind) or {}).items():
-                options = spec[1] if len(spec) > 1 and isinstance(spec[1], dict) else {}
-                choices = options.get("options") if spec[0] == "COMBO" else None
-                found[key] = choices if choices is not None else spec[0]
-        return found
+        return self._nodes.get(name, NOTHING)[0]
 
     def outputs(self, name):
-        return self.info.get(name, {}).get("output", [])
+        return self._nodes.get(name, NOTHING)[1]
 
     def is_output(self, name):
-        return bool(self.info.get(name, {}).get("output_node"))
+        return self._nodes.get(name, NOTHING)[2]
+
+
+NOTHING = {}, [], False
+
+
+def _declared(node):
+    """`({input: type}, [type of an output], whether it is an output node)`; what is made otherwise is left out."""
+    inputs, told = {}, node.get("input")
+    for kind in ("required", "optional"):
+        fields = told.get(kind) if isinstance(told, dict) else None
+        for key, spec in (fields if isinstance(fields, dict) else {}).items():
+            type_, *options = spec if isinstance(spec, list) and spec else [None]
+            if type_ == "COMBO" and options and isinstance(options[0], dict):
+                type_ = options[0].get("options", type_)
+            inputs[key] = type_ if isinstance(type_, (str, list)) else None
+    outputs = node.get("output")
+    return inputs, outputs if isinstance(outputs, list) else [], bool(node.get("output_node"))
 
 
 class Workflow:
     """A graph made ready: `graph(setting, prompt, seed)` renders one image on any server that has its nodes.
 
-    types: of the nodes. Raises UserError, naming the file and what is wrong, if it has no sampler with a guidance
-    weight, no prompt or seed that can be set, or no image.
+    types: of the nodes; output: the node whose image is taken, or None for the last one that is saved. Raises
+    UserError, naming the file and what is wrong, if it has no sampler with a guidance weight, no prompt or seed that
+    can be set, or no image.
     """
 
-    def __init__(self, path, graph, types):
+    def __init__(self, path, graph, types, output=None):
         self.path, self.types, self.nodes = str(path), types, copy.deepcopy(graph)
         self.changes = []
         self.samplers = self._samplers()
-        self.output = self._output()
+        self.output = self._output(output)
         self.samplers = [n for n in self.samplers if n in self._ancestors(self.output) | {self.output}]
         if not self.samplers:
             self._refuse("has no sampler whose image is saved")
-        self.weight = self._weight()
         self._cut()
+        self.weight = self._weight()
         self.limits = self._insert()
         self.texts = self._texts()
         self.seeds = [
@@ -117,10 +178,20 @@ class Workflow:
             self._refuse("has no seed that can be set: no node has an input seed or noise_seed")
 
     def _refuse(self, what):
-        raise UserError(f"workflow {self.path!r} {what}")
+        raise UserError(f"workflow {self.path!r} {plain(what)}")
 
     def _named(self, n):
-        return f"node {n} ({self.nodes[n]['class_type']})"
+        return _named(n, self.nodes[n])
+
+    def _links(self, n, kind):
+        """`{input: link}` of a node's inputs of that type."""
+        kinds, inputs = self.types.inputs(self.nodes[n]["class_type"]), self.nodes[n]["inputs"]
+        return {key: inputs[key] for key in kinds if kinds[key] == kind and is_link(inputs.get(key))}
+
+    def _above(self, n):
+        """The nodes that a node's inputs come from."""
+        found = (str(value[0]) for value in self.nodes[n]["inputs"].values() if is_link(value))
+        return dict.fromkeys(m for m in found if m in self.nodes)
 
     # ------------------------------------------------------------------------
     # What is what.
@@ -149,24 +220,45 @@ class Workflow:
     def _ancestors(self, n):
         found, todo = set(), [n]
         while todo:
-            for value in self.nodes[todo.pop()]["inputs"].values():
-                if is_link(value) and str(value[0]) in self.nodes and str(value[0]) not in found:
-                    found.add(str(value[0]))
-                    todo.append(str(value[0]))
+            new = self._above(todo.pop()).keys() - found
+            found |= new
+            todo += new
         return found
 
-    def _output(self):
-        """The node that saves what the samplers made: a SaveImage before a preview before others."""
-        found = []
+    def _output(self, chosen):
+        """The node that saves what the samplers made: a SaveImage before a preview before others, and the last one."""
+        found = {}
         for n, node in self.nodes.items():
-            inputs = self.types.inputs(node["class_type"])
-            takes = any(inputs.get(k) == "IMAGE" and is_link(v) for k, v in node["inputs"].items())
-            if takes and self.types.is_output(node["class_type"]) and self._ancestors(n) & set(self.samplers):
-                rank = {"SaveImage": 0, "PreviewImage": 1}.get(node["class_type"], 2)
-                found.append((rank, _order(n), n))
+            if self.types.is_output(node["class_type"]) and self._links(n, "IMAGE"):
+                above = self._ancestors(n)
+                if samplers := above & set(self.samplers):
+                    rank = {"SaveImage": 0, "PreviewImage": 1}.get(node["class_type"], 2)
+                    found[n] = rank, samplers, above
         if not found:
             self._refuse("saves no image that a sampler made: add a Save Image node")
-        return min(found)[2]
+        listed = ", ".join(self._named(n) for n in sorted(found, key=_order))
+        if chosen is not None:
+            if chosen not in found:
+                self._refuse(f"has no image of a sampler at --output-node {chosen}; there is {listed}")
+            return chosen
+        first = min(rank for rank, *_ in found.values())
+        saved = {n: samplers for n, (rank, samplers, _) in found.items() if rank == first}
+        last = [n for n in saved if not any(saved[n] < others for others in saved.values())]
+        if any(saved[n] != saved[last[0]] for n in last):
+            self._refuse(f"saves images of different samplers: name one with --output-node ID, of {listed}")
+        best = min(last, key=lambda n: (-len(found[n][2]), _order(n)))  # Whatever else is done to an image comes later.
+        if len(found) > 1:
+            self.changes.append(f"{self._named(best)} has the image that is judged; --output-node ID names another one")
+        return best
+
+    def _in_order(self):
+        """The nodes, each after those that it depends on; raises UserError for a circle."""
+        try:
+            return [*graphlib.TopologicalSorter({n: self._above(n) for n in self.nodes}).static_order()]
+        except graphlib.CycleError as e:
+            found = e.args[1]
+            circle = found if len(found) <= 6 else [*found[:4], "…", found[-1]]
+            self._refuse(f"goes in a circle, which ComfyUI does not render: from node {' to '.join(circle)}")
 
     def _weight(self):
         """The guidance weight of its samplers; those that have 1 do not guide, and are left alone."""
@@ -176,6 +268,8 @@ class Workflow:
             value = self._literal(self.nodes[n]["inputs"].get(key))
             if value is None:
                 self._refuse(f"has a cfg at {self._named(n)} that another node computes: type a number there")
+            if not abs(value) <= MOST_CFG:
+                self._refuse(f"has a cfg of {_short(value)} at {self._named(n)}: type one up to {MOST_CFG:g} there")
             found[n] = key, float(value)
         self.samplers = [n for n in self.samplers if found[n][1] > 1]
         self.weight_inputs = [(n, found[n][0]) for n in self.samplers]
@@ -189,19 +283,19 @@ class Workflow:
         return weights[0]
 
     def _literal(self, value):
-        """A number, or the one that a node of constants hands on."""
+        """A number, or the one that a node of constants hands on, or None."""
         if not is_link(value):
-            return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+            return value if _is_number(value) else None
         node = self.nodes.get(str(value[0]), {"inputs": {}})
         if node.get("class_type") == "GuidanceIntervalPreset":
             from ..presets import get_preset
 
             try:
-                weight = get_preset(node["inputs"].get("preset")).weight
+                value = get_preset(node["inputs"].get("preset")).weight or node["inputs"].get("cfg")
             except ValueError:
                 return None
-            return weight or node["inputs"].get("cfg")
-        numbers = [v for v in node["inputs"].values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            return value if _is_number(value) else None
+        numbers = [v for v in node["inputs"].values() if _is_number(v)]
         return numbers[0] if len(numbers) == 1 else None
 
     def _texts(self):
@@ -226,26 +320,27 @@ class Workflow:
         (n, keys) = next(iter(found.items()))
         return [(n, k) for k in keys]
 
-    def _texts_above(self, link, seen=()):
+    def _texts_above(self, link):
         """`{node: [inputs]}` of the texts that a conditioning comes from."""
-        n, slot = str(link[0]), link[1]
-        if n not in self.nodes or n in seen:
-            return {}
-        node, kinds = self.nodes[n], self.types.inputs(self.nodes[n]["class_type"])
-        own = [k for k in TEXTS if isinstance(node["inputs"].get(k), str)]
-        if own:
-            return {n: own}
-        linked = {k: v for k, v in node["inputs"].items() if is_link(v)}
-        by_text = {k: v for k, v in linked.items() if k in TEXTS and kinds.get(k) in ("STRING", "*")}
-        if by_text:
-            ways = by_text
-        elif "positive" in linked and "negative" in linked:
-            ways = {"side": linked["negative" if slot == 1 else "positive"]}
-        else:
-            ways = {k: v for k, v in linked.items() if kinds.get(k) in ("CONDITIONING", "STRING", None)}
-        found = {}
-        for value in ways.values():
-            found |= self._texts_above(value, (*seen, n))
+        found, seen, todo = {}, set(), [(str(link[0]), link[1])]
+        while todo:
+            n, slot = todo.pop()
+            if n not in self.nodes or (n, slot) in seen:
+                continue
+            seen.add((n, slot))
+            node, kinds = self.nodes[n], self.types.inputs(self.nodes[n]["class_type"])
+            if own := [k for k in TEXTS if isinstance(node["inputs"].get(k), str)]:
+                found[n] = own
+                continue
+            linked = {k: v for k, v in node["inputs"].items() if is_link(v)}
+            by_text = {k: v for k, v in linked.items() if k in TEXTS and kinds.get(k) in ("STRING", "*")}
+            if by_text:
+                ways = by_text
+            elif "positive" in linked and "negative" in linked:
+                ways = {"side": linked["negative" if slot == 1 else "positive"]}
+            else:
+                ways = {k: v for k, v in linked.items() if kinds.get(k) in ("CONDITIONING", "STRING", None)}
+            todo += [(str(m), slot) for m, slot in ways.values()]
         return found
 
     # ------------------------------------------------------------------------
@@ -261,7 +356,8 @@ class Workflow:
         output = self.nodes[self.output]
         if output["class_type"] == "SaveImage":
             self.changes.append(f"{self._named(self.output)} previews instead of saving")
-            self.nodes[self.output] = {"class_type": "PreviewImage", "inputs": {"images": output["inputs"]["images"]}}
+            images = next(iter(self._links(self.output, "IMAGE").values()))
+            self.nodes[self.output] = {"class_type": "PreviewImage", "inputs": {"images": images}}
         for n, node in self.nodes.items():
             size = node["inputs"].get("batch_size")
             if isinstance(size, int) and size > 1:
@@ -270,41 +366,41 @@ class Workflow:
 
     def _insert(self):
         """The ids of the nodes that hold the interval: new ones before the samplers, or guiders that have it."""
+        before = {n: self._links(n, "MODEL") for n in self.samplers}
+        self._take_off()
         held, by_model = [], {}
         for n in self.samplers:
-            inputs = self.nodes[n]["inputs"]
+            if not before[n]:
+                self._refuse(f"has no model at {self._named(n)}: connect one there")
             if self.nodes[n]["class_type"] == GUIDER:
                 self.changes.append(f"{self._named(n)} is given the intervals")
                 held.append(n)
                 continue
-            for key, kind in self.types.inputs(self.nodes[n]["class_type"]).items():
-                if kind != "MODEL" or not is_link(inputs.get(key)):
-                    continue
-                before, source = tuple(inputs[key]), self._without_interval(inputs[key])
+            for key, (m, slot) in self._links(n, "MODEL").items():
+                source = str(m), slot
                 if source not in by_model:
                     by_model[source] = f"guidance-interval-{len(by_model) + 1}"
-                inputs[key] = [by_model[source], 0]
-                replaced = before != source
+                self.nodes[n]["inputs"][key] = [by_model[source], 0]
+                old = str(before[n][key][0])
+                replaced = old in self.nodes and self.nodes[old]["class_type"] in PATCHES
                 self.changes.append(
                     f"{self._named(n)}: Guidance Interval "
-                    + (f"replaces {self._named(str(before[0]))}" if replaced else f"goes before its {key}")
+                    + (f"replaces {self._named(old)}" if replaced else f"goes before its {key}")
                 )
         for source, n in by_model.items():
             self.nodes[n] = {"class_type": "GuidanceInterval", "inputs": {"model": list(source)}}
         return [*by_model.values(), *held]
 
-    def _without_interval(self, link):
-        """Where a model comes from, but for the intervals on its way, which are taken off; (node, slot)."""
-        n, slot = str(link[0]), link[1]
-        node = self.nodes.get(n)
-        if node is None:
-            return n, slot
-        if node["class_type"] in PATCHES:
-            return self._without_interval(node["inputs"]["model"])
-        for key, kind in self.types.inputs(node["class_type"]).items():
-            if kind == "MODEL" and is_link(node["inputs"].get(key)):
-                node["inputs"][key] = list(self._without_interval(node["inputs"][key]))
-        return n, slot
+    def _take_off(self):
+        """Lead every model past the intervals on its way."""
+        for n in self._in_order():
+            for key, (m, _) in self._links(n, "MODEL").items():
+                patch = self.nodes.get(str(m))
+                if patch is None or patch["class_type"] not in PATCHES:
+                    continue
+                if not is_link(patch["inputs"].get("model")):
+                    self._refuse(f"has no model at {self._named(str(m))}: connect one there")
+                self.nodes[n]["inputs"][key] = patch["inputs"]["model"]  # Which is past those before it.
 
     # ------------------------------------------------------------------------
     # What is sent.
@@ -326,43 +422,64 @@ class Workflow:
         return nodes
 
     def probe(self):
-        """`(graph, ids)` whose outputs are tables of the schedules that are sampled, or None where it is not known."""
+        """`(graph, [Table])` whose outputs tell the schedules that are sampled, or None where they are not known."""
         if not all(name in self.types for name in PROBE):
             return None
-        nodes, ids = copy.deepcopy(self.nodes), []
-        for i, n in enumerate(self.samplers):
-            node = self.nodes[n]
-            model = next(v for k, v in node["inputs"].items() if is_link(v)
-                         and self.types.inputs(node["class_type"]).get(k) == "MODEL")  # fmt: skip
-            sigmas = self._sigmas(n)
-            if sigmas is None:
-                inputs = {k: node["inputs"].get(k) for k in ("scheduler", "steps")}
-                if None in inputs.values():
+        nodes, tables = copy.deepcopy(self.nodes), []
+        for n in self.samplers:
+            model = next(iter(self._links(n, "MODEL").values()))
+            for sigmas, steps in self._schedules(n):
+                if steps is None:
                     return None
-                inputs |= {"model": model, "denoise": node["inputs"].get("denoise", 1.0)}
-                nodes[f"probe-{i}-sigmas"] = {"class_type": "BasicScheduler", "inputs": inputs}
-                sigmas = [f"probe-{i}-sigmas", 0]
-            limit = {"class_type": "GuidanceInterval", "inputs": {"model": model, "sigma_lo": 0.0, "sigma_hi": -1.0}}
-            nodes[f"probe-{i}-model"] = limit
-            nodes[f"probe-{i}"] = {
-                "class_type": "GuidanceIntervalSchedule",
-                "inputs": {"model": [f"probe-{i}-model", 0], "sigmas": sigmas},
-            }
-            ids.append(f"probe-{i}-table")
-            nodes[ids[-1]] = {"class_type": "PreviewAny", "inputs": {"source": [f"probe-{i}", 1]}}
+                here = f"probe-{len(tables)}"
+                if isinstance(sigmas, dict):
+                    nodes[f"{here}-sigmas"] = {"class_type": "BasicScheduler", "inputs": sigmas | {"model": model}}
+                    sigmas = [f"{here}-sigmas", 0]
+                limit = {"model": model, "sigma_lo": 0.0, "sigma_hi": -1.0}
+                nodes[f"{here}-model"] = {"class_type": "GuidanceInterval", "inputs": limit}
+                nodes[here] = {
+                    "class_type": "GuidanceIntervalSchedule",
+                    "inputs": {"model": [f"{here}-model", 0], "sigmas": sigmas},
+                }
+                tables.append(Table(f"{here}-table", self._named(n), *steps))
+                nodes[tables[-1].node] = {"class_type": "PreviewAny", "inputs": {"source": [here, 1]}}
         del nodes[self.output]
         for n in self.limits:
             if nodes[n]["class_type"] == "GuidanceInterval":
                 nodes[n]["inputs"] |= {"sigma_lo": 0.0, "sigma_hi": -1.0}
-        return nodes, ids
+        return nodes, tables
 
-    def _sigmas(self, n):
-        """The link of the schedule that a sampler, or the sampler of a guider, has as an input, or None."""
-        for m in (n, *[m for m in self.nodes if [n, 0] in self.nodes[m]["inputs"].values()]):
-            for key, kind in self.types.inputs(self.nodes[m]["class_type"]).items():
-                if kind == "SIGMAS" and is_link(self.nodes[m]["inputs"].get(key)):
-                    return self.nodes[m]["inputs"][key]
-        return None
+    def _schedules(self, n):
+        """`[(link or inputs of a BasicScheduler, (first step, end))]` that a sampler, or those of a guider, go through.
+
+        The steps are None where nobody tells them.
+        """
+        guided = [m for m in self.nodes if n in (str(link[0]) for link in self._links(m, "GUIDER").values())]
+        found = [link for m in (n, *guided) for link in self._links(m, "SIGMAS").values()]
+        if found:
+            return [(link, (0, STEPS)) for link in found]
+        inputs = self.nodes[n]["inputs"]
+        scheduler = {"denoise": 1.0} | {k: inputs[k] for k in ("scheduler", "steps", "denoise") if k in inputs}
+        steps = tuple(self._literal(inputs.get(k, v)) for k, v in (("start_at_step", 0), ("end_at_step", STEPS)))
+        known = None not in steps and len(scheduler) == 3
+        return [(scheduler, tuple(int(min(max(s, 0), STEPS)) for s in steps) if known else None)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where a probe tells a schedule: at `node`; the sampler `named` goes from its step `first` to before `end`."""
+
+    node: str
+    named: str
+    first: int
+    end: int
+
+    def levels(self, outputs):
+        """The noise levels in `{node: output}`; raises LookupError, TypeError or ValueError where they are not told."""
+        levels = schedule_levels("\n".join(outputs[self.node]["text"]))
+        if not levels or not all(level >= 0 for level in levels):
+            raise ValueError("no schedule was told")
+        return levels[self.first : self.end]
 
 
 def schedule_levels(table):
@@ -373,16 +490,26 @@ def schedule_levels(table):
 
 def missing(graph, types):
     """What a server lacks of a workflow: `[words]`."""
-    lacking = sorted({n["class_type"] for n in graph.values()} - set(types.info))
-    found = [f"the node {name}" for name in lacking]
+    lacking = sorted({n["class_type"] for n in graph.values() if n["class_type"] not in types})
+    found = [plain(f"the node {name}", 80) for name in lacking]
     if "GuidanceInterval" not in types:
         found.insert(0, "our node Guidance Interval (clone this repository into its custom_nodes and restart it)")
     for n, node in graph.items():
         kinds = types.inputs(node["class_type"])
         for key, value in node["inputs"].items():
             if isinstance(kinds.get(key), list) and isinstance(value, str) and value not in kinds[key]:
-                found.append(f"{value!r} ({key} of {node['class_type']}, node {n})")
+                found.append(plain(f"{value!r} ({key} of {node['class_type']}, node {n})", 200))
     return found
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _short(number):
+    """A number in few digits, which one of 400 has no float for."""
+    text = str(number)
+    return text if len(text) <= 24 else f"{text[:8]}… ({len(text)} digits)"
 
 
 def _order(n):

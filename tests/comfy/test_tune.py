@@ -8,14 +8,17 @@ import sys
 import time
 from collections import Counter
 
+import comfy_harness as harness
 import comfy_server
 import optuna
 import pytest
+import torch
 from guidance_interval import presets
 from guidance_interval.errors import UserError
 from guidance_interval.lab import model
 from guidance_interval.tune import servers, workflow
-from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting, everywhere
+from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting, everywhere, paste_comfyui
+from guidance_interval.tune.client import Client
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -107,6 +110,59 @@ def images(files):
 
 
 # ----------------------------------------------------------------------------
+# Conditional only, as it is pasted and as every trial of it is rendered.
+
+
+def zero_terminal(model, host):
+    return harness.run_node(host, "ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=True)[0]
+
+
+def noisiest_edm(model, host):
+    return harness.run_node(host, "ModelSamplingContinuousEDM", model=model, sampling="edm", sigma_max=1000.0)[0]
+
+
+def shifted(model, host):
+    return harness.run_node(host, "ModelSamplingSD3", model=model, shift=8.0)[0]
+
+
+@pytest.mark.parametrize("name", ["GuidanceInterval", "GuidanceIntervalGuider"])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("sd15", None), ("sd15", noisiest_edm), ("v-prediction", None), ("v-prediction", zero_terminal), ("sdxl", None),
+     ("flow", None), ("flow", shifted), ("video", None), ("video", shifted), ("audio", None)],
+)  # fmt: skip
+def test_conditional_only_guides_no_evaluation_of_any_model(host, kind, change, name):
+    import comfy.samplers
+
+    plain = harness.tiny_model(kind) if change is None else change(harness.tiny_model(kind), host)
+    conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2)}
+    inputs = {"model": plain, **paste_comfyui(CONDITIONAL)["inputs"]}
+    if name == "GuidanceInterval":
+        guider = comfy.samplers.CFGGuider(harness.run_node(host, name, **inputs)[0])
+        guider.set_conds(*conds.values())
+        guider.set_cfg(7.0)
+    else:
+        guider = harness.run_node(host, name, **inputs, **conds, cfg=7.0)[0]
+    stock = comfy.samplers.CFGGuider(plain)
+    stock.set_conds(*conds.values())
+    stock.set_cfg(1.0)
+    sampling = plain.get_model_object("model_sampling")
+    highest = comfy.samplers.calculate_sigmas(sampling, "simple", 4)[0].item()
+    assert highest == (1.0 if kind in harness.FLOW else pytest.approx(sampling.sigma_max.item()))
+    highest *= 1.0000002  # What rounding may make of it, which for a flow model is beyond the end of time.
+    sigmas = torch.tensor([highest, highest / 3, 1e-3, 1e-6, 1e-30, 0.0])
+    finals = []
+    for one in (guider, stock):
+        with torch.inference_mode(), harness.counted_rows(plain) as rows:
+            latent = harness.empty_latent(kind)
+            sampler = comfy.samplers.sampler_object("euler")
+            evaluations, final = harness.record(one, sampler, sigmas, latent, rows)
+        assert [e.rows for e in evaluations] == [1] * 5
+        finals.append(final)
+    assert torch.equal(*finals)
+
+
+# ----------------------------------------------------------------------------
 # The servers.
 
 
@@ -171,8 +227,7 @@ def test_the_preset_node_lists_what_was_saved_and_renders_it(two, files):
     entry = dict(model="flowers.json", sigma_lo=0.5, sigma_hi=20.0, weight=6.0, weight_everywhere=4.0, study="flowers")
     presets.save_mine("mine", entry)
     server = servers.Server(two.urls[0])
-    told = server.get("/object_info/GuidanceIntervalPreset")["GuidanceIntervalPreset"]["input"]["required"]["preset"]
-    options = workflow.Types({"x": {"input": {"required": {"preset": told}}}}).inputs("x")["preset"]
+    options = server.object_info().inputs("GuidanceIntervalPreset")["preset"]
     assert options == [*presets.PRESETS, "mine (measured by you)"]  # Without a restart.
     nodes = graph(cfg=["8", 1], seed=7)
     nodes["8"] = {"class_type": "GuidanceIntervalPreset", "inputs": {"model": ["1", 0], "preset": options[-1]}}
@@ -235,7 +290,7 @@ def test_without_any_server_it_ends_after_a_while(two, files, monkeypatch):
     backend = servers.Comfy(files / "flowers.json", two.urls)
     monkeypatch.setattr(servers, "ALONE", 1)
     for server in backend.servers:
-        server.url = "http://127.0.0.1:9"  # As if both had died since.
+        server.client = Client("--server", "127.0.0.1:9", "", lambda *_: None)  # As if both had died since.
     with pytest.raises(UserError, match=r"no server answers any more .*what is done is kept: start one"):
         list(backend.render([Job(CONDITIONAL, "heart", 1)]))
 

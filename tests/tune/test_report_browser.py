@@ -378,6 +378,15 @@ def test_the_headline_says_what_the_confirmation_bears_out(shared, rows, variety
     assert text.startswith("The interval (0.1, 3.5] with weight 2.5 ") and text.endswith(said)
 
 
+def test_conditional_only_is_used_without_a_node_or_a_preset(shared):
+    told = (
+        "paste({weight: %s, sigma_lo: 0, sigma_hi: null, id: 'best-1'}).filter(Boolean).map((e) => e.innerText).join()"
+    )
+    only, guided = (shared.evaluate(told % weight) for weight in ("1", "2"))
+    assert "set CFG to 1" in only and "--save" not in only and "sigma_lo" not in only
+    assert "--save" in guided and "sigma_lo 0" in guided
+
+
 def test_a_study_in_which_nothing_was_better_says_so(visit, study_folder, tmp_path):
     folder = shutil.copytree(study_folder, tmp_path / "study")
     study = json.loads((folder / "confirmed.json").read_text())

@@ -550,10 +550,11 @@ function paste(setting) {
       t("paste.copy")));
   };
   const {comfyui, a1111} = setting.paste ?? {};
+  const conditional = setting.weight === 1;  // No interval, which a preset would have.
   return [
-    setting.label !== "conditional only" && h("p", {}, t("paste.byHand", {lo: plain(setting.sigma_lo),
+    h("p", {}, conditional ? t("paste.conditional") : t("paste.byHand", {lo: plain(setting.sigma_lo),
       hi: setting.sigma_hi === null ? "-1" : plain(setting.sigma_hi), weight: plain(setting.weight)})),
-    setting !== STUDY.settings[0] && h("p", {}, t("paste.preset"), " ",
+    !conditional && setting !== STUDY.settings[0] && h("p", {}, t("paste.preset"), " ",
       h("code", {}, `--save ${setting === RIVALS[0] ? "mine" : `mine=${setting.id}`}`)),
     h("div", {class: "pastes"}, a1111 && block("paste.a1111", a1111),
       comfyui && block("paste.comfyui", JSON.stringify(comfyui, null, 1).replace(/\n */g, " ")))];
