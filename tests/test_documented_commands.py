@@ -27,7 +27,7 @@ NOT_RUN = {
     "source .venv/bin/activate": "it changes the shell",
     "guidance-interval sweep --device cuda:0 cuda:1": "it needs two GPUs; test_workers.py has two processes of the CPU",
     "guidance-interval measure --reference photos --images cfg interval --features clip dinov2": "it fetches weights",
-    "guidance-interval tune workflow.json --prompts prompts.txt --server ": "it needs ComfyUI, as comfy/test_tune.py has",
+    "guidance-interval tune workflow.json --prompts prompts.txt --server ": "it needs ComfyUI: comfy/test_tune.py",
     "guidance-interval tune image.png --a1111 ": "it needs a web UI; webui/ has one",
     'make results ARGS="--only ': "it takes hours; test_results.py runs all of them with --quick",
     "COMFYUI_PATH=": "it needs a checkout of the host",
