@@ -108,8 +108,8 @@ class _Stdout:
 # Arguments.
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults, where there is one."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Tells defaults, where there is one, and keeps the lines of examples."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -240,7 +240,8 @@ def parser():
     tune = commands.add_parser(
         "tune",
         help="find the interval for a model of your own, confirm it, and judge it blind; goes on where it was stopped",
-        epilog="docs/tuning.md walks through it.",
+        epilog="examples:\n  guidance-interval tune --model emoji\n"
+        "  guidance-interval tune workflow.json --prompts prompts.txt --save mine\n\ndocs/tuning.md walks through it.",
     )
     tune.add_argument(
         "source", nargs="?", metavar="WORKFLOW", action="store", type=text_file,

@@ -73,6 +73,19 @@ def test_at_equal_accuracy_the_curve_is_interpolated():
     assert compare.ratio_at_equal_accuracy(limited, [low, low]) is None  # The curve never has that accuracy.
 
 
+@pytest.mark.parametrize(("apart", "interpolated"), [(0.49, False), (0.5, False), (0.51, True)])
+def test_the_curve_is_interpolated_where_two_accuracies_differ_by_more_than_two_errors(apart, interpolated):
+    """Of 16 pairs that differ by +1 or -1 the error is a quarter."""
+    right = torch.tensor([1.0, -1.0] * 8)
+
+    def point(fd, accuracy, moved):
+        return scores.Scores(fd, 0.0, 0.0, accuracy, 1.0, fd, 0.0, 0.0), torch.stack([0 * right, 0 * right, moved])
+
+    low, high = point(1.0, 0.5 - apart / 2, 0 * right), point(4.0, 0.5 + apart / 2, right)
+    found = compare.ratio_at_equal_accuracy(point(2.0, 0.5, 0 * right), [low, high])
+    assert found.value == pytest.approx(1.0 if interpolated else 0.5)  # Else the curve's weight of more accuracy.
+
+
 def cloud(shift, share, generator, noise=None):
     noise = torch.randn(2000, DIM, generator=generator, dtype=torch.float64) if noise is None else noise
     return judged(noise + shift, torch.linspace(0, 1, len(noise)) < share)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import guidance_interval
@@ -353,6 +353,18 @@ def test_memory_holds_the_features_of_one_folder_and_the_reference(digits, monke
     assert held == [{"pixels", "digits"}, {"pixels"}, {"pixels"}]
 
 
+class AtOnce(Executor):
+    """Threads that run away: whatever they are given is done before the caller goes on."""
+
+    def __init__(self, workers):
+        pass
+
+    def submit(self, fn, *args):
+        future = Future()
+        future.set_result(fn(*args))
+        return future
+
+
 def test_threads_are_a_few_files_ahead_and_no_more(monkeypatch):
     read, taken = [], 0
 
@@ -360,8 +372,8 @@ def test_threads_are_a_few_files_ahead_and_no_more(monkeypatch):
         return lambda file, _: (read.append(file), (file, "key", {"x": torch.zeros(size, dtype=torch.uint8)}, None))[1]
 
     workers = min(8, os.cpu_count())
+    monkeypatch.setattr(folder, "ThreadPoolExecutor", AtOnce)
     for file, *_ in folder._read_ahead(reader(1), range(100), []):
-        time.sleep(0.002)  # They have the time to run away.
         assert file == taken and len(read) <= taken + 2 * workers
         taken += 1
     assert taken == 100 == len(read)
@@ -370,32 +382,39 @@ def test_threads_are_a_few_files_ahead_and_no_more(monkeypatch):
     monkeypatch.setattr(folder, "AHEAD", 1300)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for taken, _ in enumerate(folder._read_ahead(reader(600), range(40), [])):
-        time.sleep(0.002)
         assert len(read) <= taken + 2  # This one and the next.
     assert taken == 39
 
 
 def test_large_images_are_decoded_one_at_a_time():
-    share, at_once, most = folder._Share(100), [], []
+    share, inside = folder._Share(100), []
+    entered, leave = ({amount: threading.Event() for amount in (300, 50, 40)} for _ in range(2))
 
     def use(amount):
         with share.of(amount):
-            at_once.append(amount)
-            most.append(sum(at_once))
-            time.sleep(0.01)
-            at_once.remove(amount)
+            inside.append(amount)
+            entered[amount].set()
+            leave[amount].wait(60)
+            inside.remove(amount)
 
-    threads = [threading.Thread(target=use, args=(amount,)) for amount in [60, 300, 50, 40, 70] * 3]
-    for thread in threads:
-        thread.start()
+    threads = [threading.Thread(target=use, args=(amount,)) for amount in entered]
+    with share.of(60):
+        for thread in threads:
+            thread.start()
+        assert entered[40].wait(60) and inside == [40] and share.free == 0
+    assert entered[50].wait(60) and inside == [40, 50] and share.free == 10
+    leave[40].set()
+    leave[50].set()
+    assert entered[300].wait(60) and inside == [300] and share.free == 0
+    leave[300].set()
     for thread in threads:
         thread.join()
-    assert len(most) == 15 and all(total <= 100 or total == 300 for total in most) and share.free == 100
+    assert share.free == 100
 
 
 @pytest.mark.parametrize(
     "how",
-    ["text", "truncated", "empty", "width", "nan", "files", "other", "scores", "values", "list", "statistics"],
+    ["text", "truncated", "empty", "width", "nan", "twice", "files", "other", "scores", "values", "list", "statistics"],
 )
 def test_a_corrupt_cache_is_made_anew(digits, capsys, how):
     from safetensors import safe_open
@@ -409,12 +428,16 @@ def test_a_corrupt_cache_is_made_anew(digits, capsys, how):
         path = digits / "real.digits.statistics.safetensors"
         (digits / "cfg.digits.scores.json").unlink()
     content = path.read_bytes()
-    if how in ("width", "nan", "files"):
+    if how in ("width", "nan", "files", "twice"):
         with safe_open(path, framework="pt") as f:
             rows, metadata = f.get_tensor("rows").clone(), f.metadata()
         rows = rows[:, 1:].contiguous() if how == "width" else rows
         rows[5, 2] = torch.nan if how == "nan" else rows[5, 2]
-        save_file({"rows": rows}, path, {**metadata, **({"files": '{"1/0001.png": 3}'} if how == "files" else {})})
+        changed = {"files": '{"1/0001.png": 3}'} if how == "files" else {}
+        if how == "twice":
+            keys = json.loads(metadata["keys"])
+            changed = {"keys": json.dumps([*keys, keys[0]])}
+        save_file({"rows": rows}, path, {**metadata, **changed})
     else:
         values = (
             json.dumps({**json.loads(content), "scores": {"fd": ["0.1", 0, 1]}}).encode() if how == "values" else b""
@@ -430,6 +453,15 @@ def test_a_corrupt_cache_is_made_anew(digits, capsys, how):
     assert f"note: {path}" in error and "computing it anew" in error
     assert path.stat().st_mode & 0o44 == (digits / "out" / "report.json").stat().st_mode & 0o44
     assert path.stat().st_size > 0 and not list(digits.glob(".*.tmp"))
+
+
+def test_two_files_of_one_content_have_one_row(tmp_path):
+    rows = folder.Rows(tmp_path / "x", "i", 2)
+    rows.add(["a", "b", "a"], torch.tensor([[1.0, 1], [2, 2], [1, 1]]))
+    rows.add(["b", "c", "c"], torch.tensor([[2.0, 2], [3, 3], [3, 3]]))
+    assert rows.get(["a", "b", "c"]).tolist() == [[1, 1], [2, 2], [3, 3]] and len(rows._where) == 3
+    rows.save()
+    assert folder.Rows(tmp_path / "x", "i", 2).get(["c", "a", "c"]).tolist() == [[3, 3], [1, 1], [3, 3]]
 
 
 def test_other_weights_are_another_cache(tmp_path, clip, capsys):
@@ -454,23 +486,29 @@ def test_a_killed_run_keeps_what_it_has_computed(tmp_path):
     write_digits(tmp_path / "real", 0, 200)
     write_digits(tmp_path / "cfg", 200, 200)
     code = (
-        "import sys, time; from guidance_interval.lab import judge\n"
+        "import itertools, sys, types; from guidance_interval.lab import judge\n"
         "from guidance_interval.measure import folder, report\n"
-        "folder.SAVE_EVERY = 0.0\n"
-        "rows = judge.Digits.rows\n"
-        "judge.Digits.rows = lambda self, t: (time.sleep(0.3), rows(self, t))[1]\n"
+        "folder.SAVE_EVERY = 0.0\n"  # With this clock, after each 20 files.
+        "folder.time = types.SimpleNamespace(monotonic=itertools.count().__next__)\n"
+        "rows, calls = judge.Digits.rows, []\n"
+        "def held(self, tensors):\n"
+        "    calls.append(len(tensors))\n"
+        "    if len(calls) == 3:\n"
+        "        print('held', flush=True)\n"
+        "        sys.stdin.read()\n"
+        "    return rows(self, tensors)\n"
+        "judge.Digits.rows = held\n"
         "report.run([sys.argv[2]], sys.argv[1], [judge.Digits()], out=sys.argv[3])\n"
     )
     arguments = [str(tmp_path / name) for name in ("real", "cfg", "out")]
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.DEVNULL, env=one_thread())
-    cache = tmp_path / "real.digits.safetensors"
-    deadline = time.monotonic() + 60
-    while not cache.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], **pipes, env=one_thread())
+    assert process.stdout.readline() == b"held\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    cache = tmp_path / "real.digits.safetensors"
     kept = len(folder.Rows(cache, judge.Digits().identity, 74)._where)
-    assert 0 < kept < 200
+    assert kept in (folder.BATCH, 2 * folder.BATCH)
 
     with pytest.MonkeyPatch.context() as patch:
         calls = rows_computed(patch)
@@ -561,6 +599,8 @@ def test_the_command_prints_a_row_per_folder_and_leaves_a_report_and_a_picture(d
     (digits / "cfg" / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(digits / "cfg" / "deep.png")
     (digits / "cfg" / ".hidden.png").write_text("not to be looked at")
+    shutil.copytree(digits / "real", digits / "cfg" / ".thumbnails")
+    shutil.copytree(digits / "real", digits / "cfg" / "1" / ".trash")
     (digits / "cfg" / "notes.md").write_text("neither")
     assert command(digits, images=("cfg", "interval")) == 0
     out = capsys.readouterr().out

@@ -342,6 +342,16 @@ def test_sets_that_make_no_sense_are_refused():
         ("vendi", 90.0, 200, 200, "above a tenth of 200, where it still grows"),
         ("precision", 0.999, 1000, 1000, "hardly an exception among 1,000 images; .* off by 0.003"),
         ("accuracy", 0.9, 1000, 1000, None),
+        ("accuracy", 0.75, 20, 1000, None),  # Five exceptions are enough, on either side.
+        ("accuracy", 0.25, 20, 1000, None),
+        ("accuracy", 0.75, 19, 1000, "hardly an exception among 19 images"),
+        ("accuracy", 0.25, 19, 1000, "hardly an exception among 19 images"),
+        ("precision", 0.75, 20, 40, None),  # Twice as many are not too many.
+        ("precision", 0.75, 20, 41, "the sets have 20 and 41 images"),
+        ("vendi", 20.0, 200, 200, None),
+        ("fd", 30.0, 2048, 20_000, "a singular covariance"),
+        ("fd", 30.0, 2049, 20_000, "are few for"),
+        ("fd", 30.0, 10_240, 20_000, None),
         ("saturation", 0.5, 99, 1000, None),
     ],
 )

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -51,6 +52,12 @@ def alive(pid):
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def libraries(pid):
+    with contextlib.suppress(psutil.Error):
+        return [loaded.path for loaded in psutil.Process(pid).memory_maps()]
+    return []
 
 
 def command_of(process):
@@ -167,7 +174,7 @@ def test_ctrl_c_ends_all_in_one_sentence(site, when):
     if when == "starting":
         children = psutil.Process(process.pid).children
         family = eventually(lambda: [p.pid for p in children() if "spawn_main" in command_of(p)])
-        time.sleep(0.5)  # In the imports.
+        eventually(lambda: any("libtorch" in loaded for pid in family for loaded in libraries(pid)))  # In the imports.
     else:
         family = site.at_work(2, cells=0)
     os.killpg(process.pid, signal.SIGINT)  # As a terminal does: every process of the command gets it.
@@ -187,14 +194,17 @@ def test_workers_that_always_die_end_the_run_with_what_was_done():
 
 
 def test_each_worker_has_a_device_of_its_own_and_an_error_comes_back(tmp_path, monkeypatch):
-    (tmp_path / "slow_device.py").write_text(
-        "import time\nfrom guidance_interval.lab import workers\n"
-        "def slow_device():\n    time.sleep(0.5)\n    return workers.device()\n"
+    (tmp_path / "met_device.py").write_text(
+        "from guidance_interval.lab import workers\n"
+        "def met_device(both):\n    both.wait(60)\n    return workers.device()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    slow_device = importlib.import_module("slow_device").slow_device
-    tasks = {i: (("", ""), slow_device) for i in range(4)}
-    assert {device for _, device in workers.run(tasks, ["cpu", "meta"])} == {"cpu", "meta"}
+    met_device = importlib.import_module("met_device").met_device
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        both = manager.Barrier(2)  # No task ends before the other worker is at one too.
+        tasks = {i: (("", ""), met_device, both) for i in range(4)}
+        devices = [device for _, device in workers.run(tasks, ["cpu", "meta"])]
+    assert sorted(devices) == ["cpu", "cpu", "meta", "meta"]
     with pytest.raises(ZeroDivisionError):
         list(workers.run({0: (("", ""), divmod, 1, 0)}, ["cpu"]))
 

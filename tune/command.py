@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from ..a1111.settings import CONDITIONAL_ONLY
-from ..errors import UserError, plain
-from ..files import aligned, output_folder, sole_use
+from ..errors import UserError, plain, quoted
+from ..files import aligned, output_folder, printed, sole_use
 from . import confirm, objectives, study
 from .backends import Refused, everywhere
 from .view import View, duration
@@ -53,7 +53,7 @@ def run(
         texts = texts or backend.prompts
         if unknown := [t for t in texts if t not in backend.prompts]:
             raise UserError(
-                f"--prompts {prompts!r}: the emoji model knows no {plain(unknown[0], 80)!r}; there are "
+                f"--prompts {prompts!r}: the emoji model knows no {quoted(unknown[0])}; there are "
                 f"{', '.join(backend.prompts[:5])} and {len(backend.prompts) - 5} more"
             )
         return tune(backend, judge, texts, **options)
@@ -123,7 +123,7 @@ def tune(
             with _must_render():
                 measured = confirm.confirm(search, out)
         found = confirm.report(search, out, measured)
-        print(table(found), "", *findings(found), sep="\n")
+        print(table(found, printed), "", *findings(found), sep="\n")
         from .report import write_report
 
         print(f"\nwrote {confirm.CONFIRMED} and {Path(write_report(out, language=language)).name} to {out}")
@@ -251,8 +251,8 @@ def _speed(backend, plan):
     return (len(timed) - 1) / (timed[-1] - timed[0]) if timed[-1] > timed[0] else None
 
 
-def table(found):
-    """The confirmed numbers, with those of the search, as a Markdown table."""
+def table(found, form=aligned):
+    """The confirmed numbers, with those of the search, as a Markdown table or in another form."""
     kept = found["metrics"]
     head = ["setting", *[m["key"] for m in kept]]
     body = []
@@ -266,7 +266,7 @@ def table(found):
             found_there = [s["search"].get(m["key"]) for m in kept]
             body.append(["  in the search", *["" if v is None else f"{v[0]:.{m['digits']}f}" for v, m in
                                               zip(found_there, kept, strict=True)]])  # fmt: skip
-    return aligned(head, body)
+    return form(head, body)
 
 
 def _cell(confirmed, digits):
