@@ -7,6 +7,7 @@ import sys
 import torch
 
 from . import forecast, weightless
+from .prompt_graph import Graph
 
 EVENT = "guidance_interval.run"
 PATH = "/guidance_interval/forecast"
@@ -42,7 +43,7 @@ def describe(prompt, node_id):
     """The chart of the interval node's run, or {"error": what is wrong with the node's own values}."""
     try:
         with torch.inference_mode():
-            return forecast.chart(forecast.forecast(prompt, node_id), prompt[node_id])
+            return forecast.chart(forecast.forecast(prompt, node_id))
     except ValueError as error:
         return {"error": str(error)}
     except Exception as error:  # Of any kind: a picture is not worth a stack trace for each change of a graph.
@@ -61,8 +62,10 @@ def teller(node, model):
         return None
     if prompt:
         try:
-            graph = forecast.Graph(prompt)
-            weightless.remember(graph.path_key(graph.model_path(str(node_id))), model)
+            graph, doubts = Graph(prompt, str(node_id)), []
+            path, _ = graph.path(graph.model_link(str(node_id)), doubts)
+            if path and not doubts:
+                weightless.remember(graph.digest(path[0]), model)
         except Exception:  # Of any kind: what a graph remembers is no reason to stop it.
             log.debug("Guidance Interval: nothing remembered", exc_info=True)
 

@@ -6,6 +6,7 @@ evaluation, two, three) is not written down here.
 
 import collections
 import threading
+import time
 
 import comfy.samplers
 import torch
@@ -14,9 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SHAPE = (1, 4, 4, 4)
 KEEP = 64
 MOST = 20000  # Evaluations: samplers that choose their steps by the model's answers may never be content.
+SECONDS = 2.0  # Of one trace: the longest schedules of the slowest samplers.
 
 
 class TooMany(RuntimeError):
+    pass
+
+
+class TooLong(RuntimeError):
     pass
 
 
@@ -24,7 +30,7 @@ def evaluations(sampler, sigmas, model, key=None):
     """`[sigma, ...]` of each evaluation, or None where they depend on what the model answers.
 
     sampler: a SAMPLER; sigmas: 1-D tensor; model: a ModelPatcher, for its model_sampling. key: what to remember the
-    result by. Raises whatever the sampler raises.
+    result by. Raises whatever the sampler raises, and TooLong after `SECONDS`.
     """
     if len(sigmas) < 2:
         return []
@@ -68,12 +74,14 @@ class _Noter:
     def __init__(self, model, share):
         self.model_patcher, self.inner_model = model, model.model
         self.conds, self.model_options = {}, {}
-        self.share, self.levels = share, []
+        self.share, self.levels, self.end = share, [], time.monotonic() + SECONDS
         model.model.current_patcher = model
 
     def __call__(self, x, sigma, model_options=None, seed=None, **kwargs):
         if len(self.levels) >= MOST:
             raise TooMany
+        if time.monotonic() > self.end:
+            raise TooLong
         self.levels.append(float(sigma.reshape(-1)[0]))
         denoised = x * self.share
         for fn in (model_options or {}).get("sampler_post_cfg_function", ()):  # CFG++ samplers'.

@@ -115,7 +115,8 @@ function describe(data) {
         : saved < 0
           ? fill(strings.more, { share: percent(-saved) })
           : strings.same;
-  const line = fill(cost ? strings.line : strings.steps, { guided, steps, cost });
+  const nothing = { cfg: strings.cfg_is_1, guider: strings.no_uncond, steps: strings.no_steps }[data.nothing];
+  const line = nothing ?? fill(cost ? strings.line : strings.steps, { guided, steps, cost });
   const assumptions = data.notes.map(([code, value]) => fill(strings.notes[code] ?? code, { value }));
   const what = [data.sampler, data.scheduler].filter(Boolean).join(", ");
   const [low, high] = data.bounds;
