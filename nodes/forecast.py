@@ -33,8 +33,8 @@ class Run:
     levels: 1-D, the model's own noise levels; the last is where the run ends. evaluated: the level of each evaluation,
     or None where that depends on the image. rows_guided: network rows per image of a guided evaluation. nothing: why
     nothing is guided, whatever the interval ("cfg", "guider" or "steps"), or None. counted: the levels whose steps the
-    interval counts. node: the interval node's class and its inputs. sampler_id: the node that samples, or None. notes:
-    [[code, value]], what is assumed or missing.
+    interval counts. node: the interval node's class and inputs. sampler_id: the node that samples, or None. hurried:
+    another time there may be time for more. notes: [[code, value]], what is assumed or missing.
     """
 
     model: object
@@ -48,6 +48,7 @@ class Run:
     counted: torch.Tensor
     node: dict
     sampler_id: str | None = None
+    hurried: bool = False
     notes: list = field(default_factory=list)
 
 
@@ -64,16 +65,17 @@ def forecast(prompt, node_id):
         given = _levels(graph, graph.inputs_of(node_id)["sigmas"], notes)
         counted = parts.levels if given is None else given
     interval = _interval(graph, node_id, parts.model, counted, notes)
-    evaluated = None
+    evaluated, hurried = None, False
     try:
         if not pure_nodes.is_host_sampler(parts.sampler):
             raise ValueError("a sampler of a node pack")
         evaluated = trace.evaluations(parts.sampler, parts.levels, parts.model, key=parts.key)
         if evaluated is None:
             notes.append(["adaptive", parts.name])
-    except Exception:  # Of any kind: one that wants a model of its own kind, or takes too long.
+    except Exception as error:  # Of any kind: one that wants a model of its own kind, or takes too long.
         evaluated = parts.levels[:-1].tolist()
         notes.append(["one_evaluation", parts.name])
+        hurried = isinstance(error, trace.TooLong)
     return Run(
         model=parts.model,
         levels=parts.levels,
@@ -86,6 +88,7 @@ def forecast(prompt, node_id):
         counted=counted,
         node=graph.nodes[node_id],
         sampler_id=sampler_id,
+        hurried=hurried,
         notes=[note for i, note in enumerate(notes) if note not in notes[:i]],
     )
 
@@ -304,6 +307,7 @@ def chart(run):
         "guided": sum(guided[:-1]),
         "nothing": run.nothing,
         "sampler_id": run.sampler_id,
+        "hurried": run.hurried,
         "sampler": run.sampler,
         "scheduler": run.scheduler,
         "notes": run.notes,

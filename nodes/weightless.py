@@ -43,6 +43,7 @@ FILES = {"ckpt_name": "checkpoints", "unet_name": "diffusion_models"}  # Inputs 
 
 _CPU = torch.device("cpu")
 _lock = threading.Lock()
+_watched = threading.local()
 _remembered = {}
 changes = 0  # Of what is remembered: an answer from before may be another now.
 
@@ -64,14 +65,27 @@ def loaded_by(class_type, inputs):
 
 def file_of(folder, name):
     """(path, modified [ns], size) of a model that the host lists under that name, or None."""
-    if not isinstance(name, str) or name not in folder_paths.get_filename_list(folder):
+    if not isinstance(name, str):
         return None
+    file = None
+    if name in folder_paths.get_filename_list(folder):
+        with contextlib.suppress(OSError, TypeError, ValueError):  # Gone, since it was listed.
+            path = folder_paths.get_full_path(folder, name)
+            stat = os.stat(path)
+            file = path, stat.st_mtime_ns, stat.st_size
+    if getattr(_watched, "files", None) is not None:
+        _watched.files.append((folder, name, file))
+    return file
+
+
+@contextlib.contextmanager
+def looked_up():
+    """[(folder, name, what `file_of` gives)] of each model that is looked up meanwhile, in this thread."""
+    _watched.files = files = []
     try:
-        path = folder_paths.get_full_path(folder, name)
-        stat = os.stat(path)
-    except (OSError, TypeError, ValueError):  # Gone, since it was listed.
-        return None
-    return path, stat.st_mtime_ns, stat.st_size
+        yield files
+    finally:
+        _watched.files = None
 
 
 def assumed():

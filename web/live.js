@@ -20,6 +20,7 @@ const HEIGHT = 172;
 const FAR = 0.5; // Zoom below which text is too small to read.
 // Milliseconds. No event of the front end tells of every change (a link, a bypass, a value that an extension sets).
 const LOOK = 250;
+const BUSY = new Set([409, 503]); // The server has something newer to answer, or too much.
 
 const views = new Map(); // Node -> View.
 const gone = new Map(); // "graph:node id" -> the element of a node that was removed, and which edge had the focus.
@@ -67,24 +68,37 @@ class View {
     this.node.setDirtyCanvas?.(true, true);
   }
 
+  /** What is being asked is not needed any more. */
+  abort() {
+    this.asking?.abort();
+  }
+
   async ask(prompt, id) {
-    const question = JSON.stringify({ prompt, node: id });
+    const question = JSON.stringify({ prompt, node: id, client: api.clientId ?? "" });
     if (question === this.asked) return;
     this.asked = question;
+    this.abort();
     if (id === null) return this.chart.show({ error: strings.off });
     this.chart.old(!this.chart.drag);
+    const { signal } = (this.asking = new AbortController());
     try {
       const response = await api.fetchApi("/guidance_interval/forecast", {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: question,
+        signal,
       });
       const data = await response.json();
       if (question !== this.asked) return; // A later one is under way.
+      if (BUSY.has(response.status)) {
+        this.asked = null; // To ask again.
+        return;
+      }
       if (!response.ok) throw new Error(data.error);
       if (this.chart.drag) data.band = this.chart.data.band;
       this.chart.show(data);
     } catch (error) {
+      if (signal.aborted) return;
       warn(error);
       if (question === this.asked && !this.chart.data) this.chart.show({ error: strings.failed });
     } finally {
@@ -245,6 +259,7 @@ app.registerExtension({
       const removed = node.onRemoved;
       node.onRemoved = function (...args) {
         views.delete(node);
+        view.abort();
         gone.set(view.place ?? placeOf(node), { element: view.chart.element, edge: view.chart.lately() });
         view.chart.remove();
         return removed?.apply(this, args);

@@ -1,6 +1,5 @@
 """The forecast of a run against the run: what the live picture counts is what the network evaluates."""
 
-import asyncio
 import json
 import math
 import re
@@ -389,36 +388,3 @@ def test_each_language_says_the_same():
     page = (harness.ROOT / "web" / "live.js").read_text(encoding="utf-8")
     used = set(re.findall(r"strings\.(\w+)", page)) - {"notes"}
     assert used == {path[-1] for path in of("en", "main.json") if "notes" not in path}
-
-
-# ----------------------------------------------------------------------------
-# The route.
-
-
-def test_the_route(live, monkeypatch):
-    from aiohttp import web
-    from aiohttp.test_utils import TestClient, TestServer
-
-    server = types.SimpleNamespace(routes=web.RouteTableDef())
-    monkeypatch.setattr(live.live, "_server", lambda: server)
-    live.live.register_route()
-    live.live.register_route()  # Once.
-    app = web.Application()
-    app.add_routes(server.routes)
-
-    async def ask():
-        async with TestClient(TestServer(app)) as client:
-            good = await client.post(live.live.PATH, json={"prompt": prompt_of(), "node": "2"})
-            assert good.status == 200 and (await good.json())["steps"] == 6
-            for body in (b"no json", b"[]", b"{}", b'{"prompt": 3, "node": "2"}'):
-                bad = await client.post(live.live.PATH, data=body)
-                assert bad.status == 400 and "node id" in (await bad.json())["error"]
-            odd = await client.post(live.live.PATH, json={"prompt": {"2": 7}, "node": "2"})
-            assert "error" in await odd.json()
-
-    asyncio.run(ask())
-
-
-def test_without_a_server_nothing_happens(live, monkeypatch):
-    monkeypatch.setattr(live.live, "_server", lambda: None)
-    live.live.register_route()
