@@ -5,6 +5,7 @@ evaluation, two, three) is not written down here.
 """
 
 import collections
+import inspect
 import threading
 import time
 
@@ -50,8 +51,8 @@ _known, _lock = collections.OrderedDict(), threading.Lock()
 
 
 def _trace(sampler, sigmas, model):
-    if getattr(sampler, "inpaint_options", None):  # Noise of its own, for masks: it would seed torch's generator.
-        sampler = comfy.samplers.KSAMPLER(sampler.sampler_function, sampler.extra_options)
+    if type(sampler) is comfy.samplers.KSAMPLER:  # Without noise for masks, which would seed torch's generator.
+        sampler = comfy.samplers.KSAMPLER(sampler.sampler_function, _without_noise(sampler))
     seen = []
     for share in (0.0, 0.5):  # Two models that answer differently.
         noter = _Noter(model, share)
@@ -64,6 +65,14 @@ def _trace(sampler, sigmas, model):
                 return None
         seen.append(noter.levels)
     return seen[0] if seen[0] == seen[1] else None
+
+
+def _without_noise(sampler):
+    """Its options, with no noise where it takes a function for it: a Brownian tree is slow, and decides nothing."""
+    options = dict(sampler.extra_options)
+    if "noise_sampler" in inspect.signature(sampler.sampler_function).parameters:
+        options.setdefault("noise_sampler", lambda sigma, sigma_next: torch.zeros(SHAPE))
+    return options
 
 
 class _Noter:
