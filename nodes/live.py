@@ -168,7 +168,8 @@ def teller(node, model):
     if prompt:
         try:
             graph, doubts = Graph(prompt, str(node_id)), []
-            path, _ = graph.path(graph.model_link(str(node_id)), doubts)
+            links = graph.model_links(str(node_id))
+            path, _ = graph.path(links[0] if links else None, doubts)
             if path and not doubts:
                 weightless.remember(graph.digest(path[0]), model)
         except Exception:  # Of any kind: what a graph remembers is no reason to stop it.

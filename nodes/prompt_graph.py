@@ -15,6 +15,7 @@ import time
 import nodes as host_nodes  # ComfyUI's own, which this folder does not hide: imports here are relative.
 import torch
 
+from ..presets import get_preset
 from . import pure_nodes, weightless
 
 OURS = ("GuidanceInterval", "GuidanceIntervalPercent", "GuidanceIntervalSteps", "GuidanceIntervalPreset")
@@ -118,12 +119,17 @@ class Graph:
 
     def _hands_on(self, source, slot, key, name):
         """Whether a link may carry the model or the guider, by itself or among other things."""
-        given, taken = self.output_type(source, slot), self.input_type(key, name)
-        if name == "model_negative" or not _may_carry(given) or not _may_carry(taken):
+        given = self.output_type(source, slot)
+        if name == "model_negative" or not _may_carry(given):
             return False
-        if given is None and taken is None:
-            return any(word in name.lower() for word in ("model", "guider", "pipe", "ctx", "context"))
-        return True
+        return self._might_take(key, name) or (given is not None and self.input_type(key, name) is None)
+
+    def _might_take(self, key, name):
+        """Whether an input may take a model or a guider; where nothing tells its type, its name does."""
+        taken = self.input_type(key, name)
+        if taken is not None:
+            return _may_carry(taken)
+        return any(word in name.lower() for word in ("model", "guider", "pipe", "ctx", "context", "any"))
 
     # ------------------------------------------------------------------------
     # Down to the sampler.
@@ -296,19 +302,18 @@ class Graph:
         return str(link[0]) if is_link(link) and str(link[0]) in self.nodes else None
 
     def sampled(self, sampler_id):
-        """The link to the model that a sampler samples; without one, what the interval node gives."""
+        """The link to the model that a sampler samples, or None; without a sampler, what the interval node gives."""
         key = self.guider_of(sampler_id) or sampler_id
-        return [self.toward, 0] if key is None else self.model_link(key)
+        return [self.toward, 0] if key is None else next(iter(self.model_links(key)), None)
 
-    def model_link(self, key):
-        """The link by which a node is given its model, or what may hold it; None: there is none."""
+    def model_links(self, key):
+        """The link by which a node is given its model, or those that may hold it."""
         inputs = self.inputs_of(key)
         if is_link(inputs.get("model")):
-            return inputs["model"]
-        links = [(self.input_type(key, name), value) for name, value in inputs.items() if is_link(value)]
-        of = [v for kind, v in links if kind in ("MODEL", "GUIDER")]
-        others = [v for kind, v in links if kind is not None and _may_carry(kind)]
-        return (of or others or [None])[0]
+            return [inputs["model"]]
+        names = sorted(name for name, value in inputs.items() if is_link(value))
+        own = [inputs[name] for name in names if self.input_type(key, name) in ("MODEL", "GUIDER")]
+        return own[:1] or [inputs[name] for name in names if self._might_take(key, name)]
 
     def path(self, link, notes, passed=None):
         """([node, ...] from the one that gives a model at `link` to the one that loads it, whether it is known).
@@ -328,13 +333,10 @@ class Graph:
                 return path, bool(path)
             seen.add(key)
             path.append(key)
-            inputs = self.inputs_of(key)
-            links = [v for n, v in inputs.items() if is_link(v) and self.input_type(key, n) in ANY]
-            if len(links) > 1 and not is_link(inputs.get("model")):  # Another pack's switch.
+            links = self.model_links(key)
+            if len(links) > 1:  # Another pack's switch.
                 notes.append(["choice", self.type_of(key)])
-                link = self._likely(links)
-            else:
-                link = self.model_link(key)
+            link = self._likely(links)
 
     def model(self, link, notes):
         """A weightless ModelPatcher with the sampling of the model that `link` gives; the assumed one if unknown."""
@@ -478,6 +480,9 @@ class Graph:
                 raise Unknown(kind)
             values = {n.partition(".")[2]: self.resolve(v) for n, v in inputs.items() if n.startswith("values.")}
             return pure_nodes.calculate(self.resolve(inputs.get("expression")), values)
+        if kind == "GuidanceIntervalPreset":  # Its outputs but for the model.
+            preset = get_preset(self.resolve(inputs.get("preset")))
+            return None, self.resolve(inputs.get("cfg", 7.0)) if preset.weight is None else preset.weight, preset.source
         cls = pure_nodes.pure_class(kind)
         if cls is None:
             raise Unknown(kind)

@@ -24,7 +24,7 @@ const BUSY = new Set([409, 503]); // The server has something newer to answer, o
 
 const views = new Map(); // Node -> View.
 const gone = new Map(); // "graph:node id" -> the element of a node that was removed, and which edge had the focus.
-const runs = new Map(); // "workflow/execution id" -> what the server said of the last run.
+const runs = new Map(); // "workflow/execution id" -> Map of sampler id -> what the server said of its last run.
 let strings = null;
 
 class View {
@@ -139,13 +139,37 @@ function describe(data) {
     line,
     note: [what, ...assumptions].join(strings.separator),
     alternative: fill(strings.alternative, { ...bounds, line, what }),
-    large: saved > 0 ? `−${percent(saved)}` : `${guided}/${steps}`,
+    large: nothing ? "−" : saved > 0 ? `−${percent(saved)}` : `${guided}/${steps}`,
     edge: { lo: strings.lower, hi: strings.upper },
   };
 }
 
 function number(value) {
   return String(Number(value.toPrecision(3)));
+}
+
+/** What the last prompt's runs were, the one of the sampler that is shown first; `of` it is [{sampler, count, ...}]. */
+function describeRuns(of, shown) {
+  const first = (run) => (run.sampler === shown ? 0 : 1);
+  const sorted = [...of].sort((a, b) => first(a) - first(b));
+  return sorted
+    .map((run) => {
+      const line = describeRun(run);
+      const several = run.count > 1 ? fill(strings.last_of, { count: run.count, line }) : line;
+      return sorted.length > 1 || (shown != null && run.sampler !== shown)
+        ? fill(strings.of_sampler, { sampler: run.sampler, line: several })
+        : several;
+    })
+    .join("\n");
+}
+
+/** Keep what the server said of a run: of one prompt, the last of each sampler, and how many there were. */
+function noteRun(of, run) {
+  const key = run.sampler ?? "";
+  const before = of.get(key);
+  const same = run.prompt != null && before?.prompt === run.prompt;
+  if ([...of.values()].some((other) => other.prompt !== run.prompt)) of.clear();
+  of.set(key, { ...run, count: same ? before.count + 1 : 1 });
 }
 
 function describeRun(run) {
@@ -182,8 +206,8 @@ function look() {
     view.place = placeOf(node);
     settle(view);
     view.ask(prompt, id);
-    const run = runs.get(`${root.id}/${id}`);
-    view.chart.showRun(run ? describeRun(run) : "");
+    const of = runs.get(`${root.id}/${id}`);
+    view.chart.showRun(of ? describeRuns(of.values(), view.chart.data?.sampler_id) : "");
   }
 }
 
@@ -233,7 +257,9 @@ app.registerExtension({
   async setup() {
     api.addEventListener("guidance_interval.run", ({ detail }) => {
       const root = app.graph?.rootGraph ?? app.graph;
-      runs.set(`${detail.workflow ?? root?.id}/${detail.node}`, detail);
+      const key = `${detail.workflow ?? root?.id}/${detail.node}`;
+      if (!runs.has(key)) runs.set(key, new Map());
+      noteRun(runs.get(key), detail);
     });
     setInterval(() => safely(look), LOOK);
   },
