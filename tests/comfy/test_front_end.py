@@ -521,6 +521,206 @@ def test_the_band_follows_a_drag(charts):
 
 
 # ----------------------------------------------------------------------------
+# The picture, on elements that only remember.
+
+DOM = """
+class El {
+  constructor(name) {
+    Object.assign(this, { name, attributes: {}, children: [], dataset: {}, style: {}, on: {}, textContent: "" });
+    this.classes = new Set();
+    this.classList = { toggle: (name, yes) => (yes ? this.classes.add(name) : this.classes.delete(name)) };
+    [this.clientWidth, this.clientHeight] = [300, 100];
+  }
+  setAttribute(key, value) { this.attributes[key] = String(value); }
+  append(child) { this.children.push(child); }
+  replaceChildren(...children) { this.children = children; }
+  addEventListener(name, fn) { this.on[name] = fn; }
+  all() { return [this, ...this.children.flatMap((c) => c.all())]; }
+  contains(other) { return this.all().includes(other); }
+  querySelector(text) { return this.all().find((e) => e.dataset.giEdge === text.match(/=(\\w+)/)[1]); }
+  focus(options) { document.activeElement = this; this.focused = options; }
+  getBoundingClientRect() { return { top: 50, height: 200 }; }
+}
+var observed = [], pointer = "fine", styles = 0;
+var ResizeObserver = class {
+  constructor(fn) { this.fn = fn; }
+  observe(of) { observed.push(of); }
+  disconnect() { observed.push("done"); }
+};
+Object.assign(document, {
+  createElementNS: (_, name) => new El(name),
+  createElement: (name) => new El(name),
+  getElementById: () => styles,
+  head: { append: () => styles++ },
+  body: new El("body"),
+});
+var matchMedia = () => ({ matches: pointer === "coarse" });
+var window = {
+  on: {},
+  addEventListener(name, fn) { this.on[name] = fn; },
+  removeEventListener(name, fn) { if (this.on[name] === fn) delete this.on[name]; },
+};
+var acts = [];
+const make = () => new Chart({
+  say: (data) => (data.error ? { line: data.error } : {
+    line: "line", note: "note", alternative: "all of it", large: "big", edge: { lo: "Lower", hi: "Upper" },
+  }),
+  movable: (name) => name !== "fixed",
+  set: (name, value) => acts.push([name, value]),
+  begin: () => acts.push("begin"),
+  end: () => acts.push("end"),
+  wheel: () => acts.push("wheel"),
+});
+const stops = Array.from({ length: 11 }, (_, i) => [i / 10, i]);
+const answer = (more = {}) => ({
+  band: [0.25, 0.75], ticks: [[0.5, 0.28]], end: 0.1,
+  points: [[0, 1, false, true], [0.5, 0.5, true, true], [0.25, 0.6, true, false]],
+  edges: { lo: { widget: "sigma_lo", value: 0.2, stops }, hi: { widget: "sigma_hi", value: 5, stops } }, ...more,
+});
+const shownChart = (more) => { acts = []; const c = make(); c.show(answer(more)); return c; };
+const of = (chart, name) => chart.svg.all().filter((e) => e.name === name).map((e) => e.attributes);
+const group = (chart, side) => chart.svg.querySelector(`[data-gi-edge=${side}]`);
+const event = (more) => ({ button: 0, pointerId: 1, preventDefault() {}, stopPropagation() {}, ...more });
+"""
+
+
+@pytest.fixture
+def page():
+    return engine("live_chart.js", before="var stylesheet;" + DOM)
+
+
+def number(attributes, *names):
+    return [float(attributes[name]) for name in names]
+
+
+def test_the_picture_is_drawn_to_scale(page):
+    page.eval("var c = shownChart()")
+    # 300 by 100: between 34 and 290 from the left, 8 and 94 from the top.
+    band, *_ = run(page, "return of(c, 'rect')")
+    assert band["class"] == "band" and number(band, "x", "width", "y", "height") == [34, 256, 29.5, 43]
+    (text, large) = run(page, "return of(c, 'text')")
+    assert number(text, "x", "y") == [30, 54.5] and text["text-anchor"] == "end"
+    assert number(large, "x", "y") == [150, 64] and large["class"] == "large"
+    assert run(page, "return c.svg.all().filter((e) => e.name === 'text').map((e) => e.textContent)") == ["0.28", "big"]
+    (grid, hi, lo) = run(page, "return of(c, 'line')")
+    assert number(grid, "x1", "x2", "y1", "y2") == [34, 290, 51, 51]
+    assert [hi, lo] == [{"x1": "34", "x2": "290"}] * 2
+    (curve,) = run(page, "return of(c, 'polyline')")
+    assert curve["points"] == "40.0,8.0 162.0,51.0 284.0,85.4"  # Its steps, and where it ends.
+    dots = run(page, "return of(c, 'circle')")
+    assert [dot["class"] for dot in dots] == ["dot", "dot guided", "dot guided"]
+    assert [number(dot, "cx", "cy", "r") for dot in dots] == [
+        [40, 8, 4],
+        [162, 51, 4],
+        [101, pytest.approx(42.4), pytest.approx(2.4)],
+    ]
+    assert run(page, "return of(shownChart({ end: 0 }), 'polyline')[0].points") == "40.0,8.0 162.0,51.0"
+    many = "Array.from({ length: %d }, (_, i) => [0, 0, false, true])"
+    assert [
+        float(run(page, f"return of(shownChart({{ points: {many % n} }}), 'circle')[0].r")) for n in (50, 1000)
+    ] == [
+        pytest.approx(0.42 * 256 / 50),
+        1.2,
+    ]
+    assert run(page, "return of(c, 'g').find((g) => g.role === 'img')['aria-label']") == "all of it"
+    assert run(page, "return [c.line, c.note, c.ran].map((e) => e.textContent)") == ["line", "note", ""]
+
+
+def test_the_edges_can_be_taken_and_are_named(page):
+    page.eval("var c = shownChart()")
+    (hi, lo) = run(page, "return c.svg.children.slice(1).map((e) => e.attributes)")
+    assert hi["transform"] == "translate(0 29.5)" and lo["transform"] == "translate(0 72.5)"
+    expected = {"class": "edge", "tabindex": "0", "role": "slider", "aria-orientation": "vertical"}
+    for edge, label, now, text in ((hi, "Upper", "7", "5"), (lo, "Lower", "2", "0.2")):
+        assert expected.items() <= edge.items() and edge["aria-label"] == label
+        assert [edge[f"aria-value{k}"] for k in ("min", "max", "now", "text")] == ["0", "10", now, text]
+    _, grip, area, *_ = run(page, "return of(c, 'rect')")
+    assert number(grip, "x", "width", "y", "height", "rx") == [268, 18, -5, 10, 5]
+    assert number(area, "x", "width", "y", "height") == [34, 256, -8, 16]
+    assert number(run(page, "pointer = 'coarse'; return of(shownChart(), 'rect')[2]"), "y", "height") == [-16, 32]
+    fixed = "{ edges: { lo: null, hi: { widget: 'fixed', value: 1, stops } } }"
+    assert run(page, f"return shownChart({fixed}).svg.children.slice(1).map((e) => e.attributes.class)") == [
+        "edge fixed",
+        "edge fixed",
+    ]
+    assert len(run(page, f"return of(shownChart({fixed}), 'rect')")) == 1
+    assert run(page, "group(c, 'lo').children[2].on.wheel({}); return acts") == ["wheel"]
+
+
+def test_a_drag_sets_values_and_ends(page):
+    """The canvas shows the drawing at twice its size: 200 high, from 50 down."""
+    page.eval("var c = shownChart(); var drag = (more) => group(c, 'lo').children[2].on.pointerdown(event(more))")
+    assert run(page, "drag({ button: 2 }); return [acts, c.drag]") == [[], None]
+    page.eval("drag()")
+    assert run(page, "return [acts, c.drag]") == [["begin"], {"side": "lo", "y": 0.25, "value": 0.2}]
+    page.eval("drag()")  # Not twice.
+    page.eval("var go = (y, more) => window.on.pointermove(event({ clientY: y, ...more }))")
+    page.eval("go(50 + 2 * (94 - 0.41 * 86))")
+    assert run(page, "return [acts.slice(1), c.drag.y]") == [[["sigma_lo", 4]], 0.4]
+    page.eval("go(50 + 2 * (94 - 0.42 * 86)); go(0, { pointerId: 2 })")  # The same stop; another finger.
+    assert len(run(page, "return acts")) == 2
+    page.eval("go(0)")  # Up to the last stop below the other edge.
+    assert run(page, "return acts.at(-1)") == ["sigma_lo", 7]
+    # Until the server has said it, the dots follow the band.
+    dots = run(page, "return of(c, 'circle').map((e) => e.class)")
+    assert dots == ["dot", "dot", "dot"]
+    page.eval("go(50 + 2 * (94 - 0.5 * 86))")
+    assert run(page, "return of(c, 'circle').map((e) => e.class)") == ["dot", "dot", "dot guided"]
+    page.eval("window.on.pointerup(event({ pointerId: 2 }))")
+    assert run(page, "return c.drag") is not None
+    page.eval("window.on.pointerup(event())")
+    assert run(page, "return [c.drag, acts.at(-1), c.data.band, c.data.edges.lo.value, Object.keys(window.on)]") == [
+        None,
+        "end",
+        [0.5, 0.75],
+        5,
+        [],
+    ]
+    assert run(page, "return document.activeElement.dataset.giEdge") == "lo"
+    page.eval("group(c, 'hi').children[2].on.pointerdown(event()); go(1000); window.on.pointercancel(event())")
+    assert run(page, "return [c.data.band, c.data.edges.hi.value]") == [[0.5, 0.6], 6]
+
+
+def test_the_focus_stays_where_it_was(page):
+    page.eval("var c = shownChart(); c.focus('hi')")
+    assert run(page, "return [c.focused(), document.activeElement.focused]") == ["hi", {"preventScroll": True}]
+    page.eval("c.draw()")
+    assert run(page, "return [c.focused(), c.svg.contains(document.activeElement)]") == ["hi", True]
+    page.eval("c.svg.on.focusout({ target: document.activeElement }); document.activeElement = document.body")
+    assert run(page, "return [c.focused(), c.lately()]") == [None, "hi"]
+    page.eval("performance.now = () => 1499")
+    assert run(page, "return c.lately()") == "hi"
+    page.eval("performance.now = () => 1500")
+    assert run(page, "return c.lately()") is None
+    page.eval("c.focusNext = 'lo'; c.draw()")  # After an undo, when nothing else has it.
+    assert run(page, "return [c.focused(), c.focusNext]") == ["lo", None]
+    page.eval("document.activeElement = new El('elsewhere'); c.focusNext = 'hi'; c.draw()")
+    assert run(page, "return [c.focused(), c.focusNext]") == [None, None]
+
+
+def test_what_is_shown_where_there_is_no_picture(page):
+    page.eval("var c = make(); c.draw()")
+    assert run(page, "return [c.svg.children.length, observed.length]") == [0, 1]
+    page.eval("c.show({ error: 'no' })")
+    assert run(page, "return [c.line.textContent, c.note.textContent, c.svg.style.display]") == ["no", "", "none"]
+    page.eval("c.show(answer()); c.far(true); c.old(true); c.showRun('ran')")
+    assert run(page, "return [c.svg.style.display, [...c.element.classes], c.ran.textContent]") == [
+        "",
+        ["far", "old"],
+        "ran",
+    ]
+    page.eval("c.far(false); c.old(false); c.showRun(); c.remove()")
+    assert run(page, "return [[...c.element.classes], c.ran.textContent, observed.at(-1)]") == [[], "", "done"]
+    assert run(page, "c.svg.clientWidth = c.svg.clientHeight = 0; c.draw(); return c.box") == {
+        "left": 34,
+        "right": 250,
+        "top": 8,
+        "bottom": 84,
+    }
+    assert run(page, "return styles") == 1  # Added once.
+
+
+# ----------------------------------------------------------------------------
 # Templates.
 
 
