@@ -291,7 +291,7 @@ def test_the_line_says_steps_and_rows(english):
 
 
 def test_zoomed_out_it_is_one_number(english):
-    assert say(english, saved=31)["large"] == "\N{MINUS SIGN}31 %"
+    assert say(english, saved=31)["large"] == "\N{MINUS SIGN}31 %" and say(english, saved=1)["large"][1:] == "1 %"
     assert say(english, saved=0)["large"] == say(english, saved=-1)["large"] == say(english)["large"] == "3/8"
 
 
@@ -399,6 +399,115 @@ def test_a_drag_is_not_disturbed_by_an_answer():
     drag = "(view.chart.data = { band: [0.1, 0.7] }, view.chart.drag = {}, answers = [reply(200, { band: [0, 1] })],"
     after = asking(drag + " view.ask({}, '2'))")
     assert after["shown"] == [{"band": [0.1, 0.7]}] and after["olds"] == [False, False]
+
+
+LOOKED = """
+var far = [], ran = [], asks = [];
+app.graph = { id: "w" };
+app.canvas = { ds: { scale: 1 } };
+const seen = (id, place = { id: "w" }) => {
+  const node = { id, graph: place };
+  const chart = { data: { sampler_id: "3" }, far: (yes) => far.push(yes), showRun: (text) => ran.push(text) };
+  views.set(node, { chart: { ...chart, element: { isConnected: false } }, ask: (...question) => asks.push(question) });
+  return node;
+};
+const node = seen(7);
+graph = { prompt: { a: 1 }, ids: new Map([[node, "7"]]) };
+const looked = () => { far = []; ran = []; asks = []; look(); return { far, ran, asks }; };
+"""
+
+
+@pytest.fixture
+def looking():
+    context = words("en")
+    context.eval(LOOKED)
+    return context
+
+
+def test_each_node_is_asked_about_and_shows_its_runs(looking):
+    assert run(looking, "return looked()") == {"far": [False], "ran": [""], "asks": [[{"a": 1}, "7"]]}
+    looking.eval("extensions[0].setup(); var report = { rows: 9, seconds: 1, sampler: '3', prompt: 'p', node: '7' }")
+    assert run(looking, "return calls") == [["every", 250]]
+    looking.eval("const tell = (more) => listeners['guidance_interval.run']({ detail: { ...report, ...more } })")
+    looking.eval("tell({ workflow: 'another' }); tell({ node: '8' })")
+    assert run(looking, "return looked().ran") == [""]
+    looking.eval("tell({}); tell({ workflow: 'w' })")  # A server that does not say which workflow means this one.
+    assert run(looking, "return looked().ran") == ["Last run: 9 rows, 1.00 s (the last of 2 runs)"]
+
+
+def test_from_afar_and_where_there_is_nothing_to_look_at(looking):
+    for scale, is_far in ((0.49, True), (0.5, False), (2, False)):
+        assert run(looking, f"app.canvas.ds.scale = {scale}; return looked().far") == [is_far]
+    nothing = {"far": [], "ran": [], "asks": []}
+    assert run(looking, "document.hidden = true; return looked()") == nothing
+    looking.eval("document.hidden = false; const kept = app.graph; app.graph = null")
+    assert run(looking, "return looked()") == nothing
+    looking.eval("app.graph = { id: 'inner', rootGraph: kept }; seen(8, null); seen(9)")
+    after = run(looking, "return looked()")  # One is being made; the other is in no graph that is open.
+    assert after["asks"] == [[{"a": 1}, "7"]] and len(after["far"]) == 2
+
+
+def test_a_node_grows_and_never_shrinks(looking):
+    grown = (
+        "const n = { size: [200, %d], computeSize: () => [100, 90], setSize: (s) => (n.size = s) }; grow(n); return n"
+    )
+    assert run(looking, grown % 80)["size"] == [200, 90]
+    assert run(looking, grown % 100)["size"] == [200, 100]
+    assert run(looking, "const n = { size: [1, 2] }; grow(n); return n")["size"] == [1, 2]
+
+
+def test_a_made_node_has_a_view_until_it_is_removed():
+    context = words("en")
+    context.eval(
+        """
+        var made = [];
+        const setting = {};
+        app.ui.settings.getSettingValue = (name) => setting[name];
+        Object.assign(Chart.prototype, { lately: () => "hi", remove: () => made.push("removed") });
+        Chart.prototype.element = { setAttribute() {} };
+        const born = (comfyClass, more = {}) => {
+          const node = { id: 1, graph: { id: "w" }, comfyClass, size: [1, 1], widgets: [], inputs: [], ...more };
+          node.addDOMWidget = (...args) => (node.dom = args, {});
+          extensions[0].nodeCreated(node);
+          return node;
+        };
+        """
+    )
+    assert run(context, "return born('KSampler').dom") is None
+    assert run(context, "setting['GuidanceInterval.Live'] = false; return born('GuidanceInterval').dom") is None
+    context.eval("setting['GuidanceInterval.Live'] = true")
+    assert run(context, "return born('GuidanceInterval').dom.slice(0, 2)") == [
+        "guidance_interval_live",
+        "guidance_interval_live",
+    ]
+    options = run(
+        context, "const o = born('GuidanceIntervalGuider').dom[3]; return [o.serialize, o.getMinHeight(), o.getValue()]"
+    )
+    assert options == [False, 172, ""]
+    context.eval("views.clear(); const n = born('GuidanceIntervalSteps', { onRemoved: () => made.push('theirs') })")
+    assert run(context, "return views.size") == 1
+    context.eval(
+        "views.get(n).asking = new AbortController(); const signal = views.get(n).asking.signal; n.onRemoved()"
+    )
+    assert run(context, "return [views.size, made, signal.aborted, gone.get('w:1').edge]") == [
+        0,
+        ["removed", "theirs"],
+        True,
+        "hi",
+    ]
+
+
+def test_a_value_is_set_as_the_user_would(english):
+    code = """
+        const set = [];
+        const view = Object.create(View.prototype);
+        view.node = { widgets: [{ name: "a", value: 1, callback: (value) => set.push(value) }],
+                      inputs: [{ widget: { name: "a" }, link: %s }, { widget: { name: "b" }, link: 0 }],
+                      setDirtyCanvas: () => set.push("drawn") };
+        view.set("a", 2); view.set("nothing", 3);
+        return [set, view.node.widgets[0].value, view.linked("a"), view.linked("b"), view.linked("c")];
+    """
+    assert run(english, code % "null") == [[2, "drawn"], 2, False, True, False]
 
 
 def test_strings_fall_back_to_english():
