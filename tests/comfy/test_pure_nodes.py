@@ -161,6 +161,35 @@ def test_a_long_chain_takes_linear_time(live):
     assert "more than 5000" in drawn(live, prompt | {f"x{i}": node("X") for i in range(3500)})["error"]
 
 
+def test_wide_graphs_end(live):
+    """Many samplers behind a long chain, unknown switches in a row, and contexts that are merged with themselves."""
+    prompt = prompt_with()
+    for i in range(1500):
+        prompt[f"1{i:05}"] = node("LoraLoaderModelOnly", model=[f"1{i - 1:05}" if i else "2", 0], strength_model=1.0)
+        prompt[f"2{i:05}"] = {**prompt["3"], "inputs": {**prompt["3"]["inputs"], "model": ["101499", 0]}}
+    begun = time.perf_counter()
+    answer = live.live.describe(prompt, "2")
+    assert "more than 3 seconds" in answer.get("error", "more than 3 seconds")
+
+    prompt = prompt_with()
+    for i in range(2000):
+        before = [str(99 + i) if i else "2", 0]
+        prompt[str(100 + i)] = node("ComfySwitchNode", switch=["nobody", 0], on_false=before, on_true=before)
+    prompt["3"]["inputs"]["model"] = ["2099", 0]
+    assert "choice" in codes(drawn(live, prompt))
+
+    prompt = prompt_with()
+    for i in range(40):
+        merged = {"ctx_01": [str(101 + i), 0], "ctx_02": [str(101 + i), 0]}
+        prompt[str(100 + i)] = node("Context Merge Big (rgthree)", **merged)
+    prompt["140"] = node("Context Big (rgthree)", cfg=3.0)
+    prompt["4"]["inputs"]["steps"] = ["100", 9]
+    assert "unknown_sigmas" in codes(drawn(live, prompt))
+    prompt["3"]["inputs"]["cfg"] = ["100", 11]
+    assert "cfg_unknown" not in codes(drawn(live, prompt))
+    assert time.perf_counter() - begun < 10
+
+
 def test_a_deep_chain_of_values_is_left(live):
     prompt = prompt_with(n100=node("PrimitiveInt", value=4))
     for i in range(101, 2000):
