@@ -5,7 +5,9 @@ evaluation, two, three) is not written down here.
 """
 
 import collections
+import inspect
 import threading
+import time
 
 import comfy.samplers
 import torch
@@ -14,9 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SHAPE = (1, 4, 4, 4)
 KEEP = 64
 MOST = 20000  # Evaluations: samplers that choose their steps by the model's answers may never be content.
+SECONDS = 2.0  # Of one trace: the longest schedules of the slowest samplers.
 
 
 class TooMany(RuntimeError):
+    pass
+
+
+class TooLong(RuntimeError):
     pass
 
 
@@ -24,7 +31,7 @@ def evaluations(sampler, sigmas, model, key=None):
     """`[sigma, ...]` of each evaluation, or None where they depend on what the model answers.
 
     sampler: a SAMPLER; sigmas: 1-D tensor; model: a ModelPatcher, for its model_sampling. key: what to remember the
-    result by. Raises whatever the sampler raises.
+    result by. Raises whatever the sampler raises, and TooLong after `SECONDS`.
     """
     if len(sigmas) < 2:
         return []
@@ -44,8 +51,8 @@ _known, _lock = collections.OrderedDict(), threading.Lock()
 
 
 def _trace(sampler, sigmas, model):
-    if getattr(sampler, "inpaint_options", None):  # Noise of its own, for masks: it would seed torch's generator.
-        sampler = comfy.samplers.KSAMPLER(sampler.sampler_function, sampler.extra_options)
+    if type(sampler) is comfy.samplers.KSAMPLER:  # Without noise for masks, which would seed torch's generator.
+        sampler = comfy.samplers.KSAMPLER(sampler.sampler_function, _without_noise(sampler))
     seen = []
     for share in (0.0, 0.5):  # Two models that answer differently.
         noter = _Noter(model, share)
@@ -60,6 +67,14 @@ def _trace(sampler, sigmas, model):
     return seen[0] if seen[0] == seen[1] else None
 
 
+def _without_noise(sampler):
+    """Its options, with no noise where it takes a function for it: a Brownian tree is slow, and decides nothing."""
+    options = dict(sampler.extra_options)
+    if "noise_sampler" in inspect.signature(sampler.sampler_function).parameters:
+        options.setdefault("noise_sampler", lambda sigma, sigma_next: torch.zeros(SHAPE))
+    return options
+
+
 class _Noter:
     """Stands where a guider does: what samplers ask of one, and no more."""
 
@@ -68,12 +83,14 @@ class _Noter:
     def __init__(self, model, share):
         self.model_patcher, self.inner_model = model, model.model
         self.conds, self.model_options = {}, {}
-        self.share, self.levels = share, []
+        self.share, self.levels, self.end = share, [], time.monotonic() + SECONDS
         model.model.current_patcher = model
 
     def __call__(self, x, sigma, model_options=None, seed=None, **kwargs):
         if len(self.levels) >= MOST:
             raise TooMany
+        if time.monotonic() > self.end:
+            raise TooLong
         self.levels.append(float(sigma.reshape(-1)[0]))
         denoised = x * self.share
         for fn in (model_options or {}).get("sampler_post_cfg_function", ()):  # CFG++ samplers'.

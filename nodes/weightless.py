@@ -22,6 +22,8 @@ import torch
 
 from . import demo
 
+LONGEST = 2**24  # Bytes of a header that is read: the largest known have a quarter of it.
+MOST_TENSORS = 20000
 SMALL = 2**16  # Bytes: detection looks into small tensors now and then, and at the shapes of the others.
 DTYPES = {
     "F64": torch.float64,
@@ -41,7 +43,9 @@ FILES = {"ckpt_name": "checkpoints", "unet_name": "diffusion_models"}  # Inputs 
 
 _CPU = torch.device("cpu")
 _lock = threading.Lock()
+_watched = threading.local()
 _remembered = {}
+changes = 0  # Of what is remembered: an answer from before may be another now.
 
 
 def loaded_by(class_type, inputs):
@@ -52,13 +56,36 @@ def loaded_by(class_type, inputs):
     if class_type == "GuidanceIntervalDemoModel":
         return _demo()
     for name, folder in FILES.items():
-        if isinstance(inputs.get(name), str):
-            path = folder_paths.get_full_path(folder, inputs[name])
-            if path is not None:
-                stat = os.stat(path)
-                with _lock, _quiet():
-                    return _from_file(path, stat.st_mtime_ns, stat.st_size)
+        file = file_of(folder, inputs.get(name))
+        if file is not None:
+            with _lock, _quiet():
+                return _from_file(*file)
     return None
+
+
+def file_of(folder, name):
+    """(path, modified [ns], size) of a model that the host lists under that name, or None."""
+    if not isinstance(name, str):
+        return None
+    file = None
+    if name in folder_paths.get_filename_list(folder):
+        with contextlib.suppress(OSError, TypeError, ValueError):  # Gone, since it was listed.
+            path = folder_paths.get_full_path(folder, name)
+            stat = os.stat(path)
+            file = path, stat.st_mtime_ns, stat.st_size
+    if getattr(_watched, "files", None) is not None:
+        _watched.files.append((folder, name, file))
+    return file
+
+
+@contextlib.contextmanager
+def looked_up():
+    """[(folder, name, what `file_of` gives)] of each model that is looked up meanwhile, in this thread."""
+    _watched.files = files = []
+    try:
+        yield files
+    finally:
+        _watched.files = None
 
 
 def assumed():
@@ -72,6 +99,8 @@ def remember(key, model):
     _remembered[key] = _without_network(model.model.model_config, sampling)
     while len(_remembered) > 64:
         _remembered.pop(next(iter(_remembered)))
+    global changes
+    changes += 1
 
 
 def remembered(key):
@@ -139,9 +168,11 @@ class _Header(dict):
     def __init__(self, path):
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length < 2**28:
+            if not 0 < length < LONGEST:
                 raise ValueError("not a safetensors file")
             entries = json.loads(file.read(length))
+        if len(entries) > MOST_TENSORS:
+            raise ValueError(f"more than {MOST_TENSORS} tensors")
         self.metadata = entries.pop("__metadata__", None)
         self.path, self.start, self.entries = path, 8 + length, entries
         super().__init__(

@@ -20,10 +20,11 @@ const HEIGHT = 172;
 const FAR = 0.5; // Zoom below which text is too small to read.
 // Milliseconds. No event of the front end tells of every change (a link, a bypass, a value that an extension sets).
 const LOOK = 250;
+const BUSY = new Set([409, 503]); // The server has something newer to answer, or too much.
 
 const views = new Map(); // Node -> View.
 const gone = new Map(); // "graph:node id" -> the element of a node that was removed, and which edge had the focus.
-const runs = new Map(); // "workflow/execution id" -> what the server said of the last run.
+const runs = new Map(); // "workflow/execution id" -> Map of sampler id -> what the server said of its last run.
 let strings = null;
 
 class View {
@@ -67,24 +68,37 @@ class View {
     this.node.setDirtyCanvas?.(true, true);
   }
 
+  /** What is being asked is not needed any more. */
+  abort() {
+    this.asking?.abort();
+  }
+
   async ask(prompt, id) {
-    const question = JSON.stringify({ prompt, node: id });
+    const question = JSON.stringify({ prompt, node: id, client: api.clientId ?? "" });
     if (question === this.asked) return;
     this.asked = question;
+    this.abort();
     if (id === null) return this.chart.show({ error: strings.off });
     this.chart.old(!this.chart.drag);
+    const { signal } = (this.asking = new AbortController());
     try {
       const response = await api.fetchApi("/guidance_interval/forecast", {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: question,
+        signal,
       });
       const data = await response.json();
       if (question !== this.asked) return; // A later one is under way.
+      if (BUSY.has(response.status)) {
+        this.asked = null; // To ask again.
+        return;
+      }
       if (!response.ok) throw new Error(data.error);
       if (this.chart.drag) data.band = this.chart.data.band;
       this.chart.show(data);
     } catch (error) {
+      if (signal.aborted) return;
       warn(error);
       if (question === this.asked && !this.chart.data) this.chart.show({ error: strings.failed });
     } finally {
@@ -115,7 +129,8 @@ function describe(data) {
         : saved < 0
           ? fill(strings.more, { share: percent(-saved) })
           : strings.same;
-  const line = fill(cost ? strings.line : strings.steps, { guided, steps, cost });
+  const nothing = { cfg: strings.cfg_is_1, guider: strings.no_uncond, steps: strings.no_steps }[data.nothing];
+  const line = nothing ?? fill(cost ? strings.line : strings.steps, { guided, steps, cost });
   const assumptions = data.notes.map(([code, value]) => fill(strings.notes[code] ?? code, { value }));
   const what = [data.sampler, data.scheduler].filter(Boolean).join(", ");
   const [low, high] = data.bounds;
@@ -124,13 +139,37 @@ function describe(data) {
     line,
     note: [what, ...assumptions].join(strings.separator),
     alternative: fill(strings.alternative, { ...bounds, line, what }),
-    large: saved > 0 ? `−${percent(saved)}` : `${guided}/${steps}`,
+    large: nothing ? "−" : saved > 0 ? `−${percent(saved)}` : `${guided}/${steps}`,
     edge: { lo: strings.lower, hi: strings.upper },
   };
 }
 
 function number(value) {
   return String(Number(value.toPrecision(3)));
+}
+
+/** What the last prompt's runs were, the one of the sampler that is shown first; `of` it is [{sampler, count, ...}]. */
+function describeRuns(of, shown) {
+  const first = (run) => (run.sampler === shown ? 0 : 1);
+  const sorted = [...of].sort((a, b) => first(a) - first(b));
+  return sorted
+    .map((run) => {
+      const line = describeRun(run);
+      const several = run.count > 1 ? fill(strings.last_of, { count: run.count, line }) : line;
+      return sorted.length > 1 || (shown != null && run.sampler !== shown)
+        ? fill(strings.of_sampler, { sampler: run.sampler, line: several })
+        : several;
+    })
+    .join("\n");
+}
+
+/** Keep what the server said of a run: of one prompt, the last of each sampler, and how many there were. */
+function noteRun(of, run) {
+  const key = run.sampler ?? "";
+  const before = of.get(key);
+  const same = run.prompt != null && before?.prompt === run.prompt;
+  if ([...of.values()].some((other) => other.prompt !== run.prompt)) of.clear();
+  of.set(key, { ...run, count: same ? before.count + 1 : 1 });
 }
 
 function describeRun(run) {
@@ -167,8 +206,8 @@ function look() {
     view.place = placeOf(node);
     settle(view);
     view.ask(prompt, id);
-    const run = runs.get(`${root.id}/${id}`);
-    view.chart.showRun(run ? describeRun(run) : "");
+    const of = runs.get(`${root.id}/${id}`);
+    view.chart.showRun(of ? describeRuns(of.values(), view.chart.data?.sampler_id) : "");
   }
 }
 
@@ -218,7 +257,9 @@ app.registerExtension({
   async setup() {
     api.addEventListener("guidance_interval.run", ({ detail }) => {
       const root = app.graph?.rootGraph ?? app.graph;
-      runs.set(`${detail.workflow ?? root?.id}/${detail.node}`, detail);
+      const key = `${detail.workflow ?? root?.id}/${detail.node}`;
+      if (!runs.has(key)) runs.set(key, new Map());
+      noteRun(runs.get(key), detail);
     });
     setInterval(() => safely(look), LOOK);
   },
@@ -244,6 +285,7 @@ app.registerExtension({
       const removed = node.onRemoved;
       node.onRemoved = function (...args) {
         views.delete(node);
+        view.abort();
         gone.set(view.place ?? placeOf(node), { element: view.chart.element, edge: view.chart.lately() });
         view.chart.remove();
         return removed?.apply(this, args);

@@ -1,5 +1,7 @@
 // The graph as it would be queued, as far as schedules go: {execution id: {class_type, inputs}}.
 //
+// {inputs, outputs} under "types" name what is connected, for the nodes that the server does not know.
+//
 // The front end's own conversion asks every widget of every node for its value, and some answer by uploading a file or
 // drawing a seed. So links are followed here, by the same rules: through reroutes, bypassed nodes and subgraphs.
 
@@ -7,16 +9,19 @@ const MUTED = 2;
 const BYPASSED = 4;
 const HEAVY = new Set([
   "CONDITIONING",
-  "LATENT",
   "IMAGE",
   "MASK",
   "VAE",
   "CLIP",
   "CLIP_VISION",
+  "CLIP_VISION_OUTPUT",
   "CONTROL_NET",
+  "STYLE_MODEL",
+  "UPSCALE_MODEL",
   "AUDIO",
   "VIDEO",
 ]);
+const LONGEST = 2000; // Characters of a value: prompts may be longer, schedules are not.
 const IGNORED = new Set(["seed", "noise_seed", "control_after_generate"]);
 
 const nodesOf = (graph) => graph.nodes ?? graph._nodes ?? [];
@@ -39,7 +44,8 @@ export function toPrompt(root, types) {
       continue;
     }
     const id = `${level.path}${node.id}`;
-    prompt[id] = { class_type: node.comfyClass ?? node.type, inputs: inputsOf(level, node) };
+    const inputs = inputsOf(level, node);
+    prompt[id] = { class_type: node.comfyClass ?? node.type, inputs, types: typesOf(node, inputs) };
     if (types.has(node.comfyClass) && !ids.get(node)) ids.set(node, id);
   }
   return { prompt: connected(prompt, [...ids.values()].filter(Boolean)), ids };
@@ -64,17 +70,32 @@ function inputsOf(level, node) {
   for (const widget of node.widgets ?? []) {
     if (!widget.name || widget.options?.serialize === false || IGNORED.has(widget.name)) continue;
     const value = widget.value;
-    if (["number", "boolean"].includes(typeof value) || (typeof value === "string" && value.length < 300)) {
+    if (["number", "boolean"].includes(typeof value) || (typeof value === "string" && value.length <= LONGEST)) {
       inputs[widget.name] = value;
     }
   }
   (node.inputs ?? []).forEach((input, slot) => {
-    if (HEAVY.has(input.type) || IGNORED.has(input.name)) return;
+    if (isHeavy(input.type, node) || IGNORED.has(input.name)) return;
     const found = followInput(level, node, slot, input.type, 0);
     if (found?.link) inputs[input.name] = found.link;
     else if (found && "value" in found) inputs[input.name] = found.value;
   });
   return inputs;
+}
+
+/** Latents are heavy, but where a schedule or a model's sampling depends on their size. */
+function isHeavy(type, node) {
+  if (type === "LATENT") return !(node.outputs ?? []).some((o) => o.type === "SIGMAS" || o.type === "MODEL");
+  return HEAVY.has(type);
+}
+
+function typesOf(node, inputs) {
+  const linked = (node.inputs ?? []).filter((i) => Array.isArray(inputs[i.name]));
+  const name = (type) => (typeof type === "string" ? type : "*");
+  return {
+    inputs: Object.fromEntries(linked.map((i) => [i.name, name(i.type)])),
+    outputs: (node.outputs ?? []).map((o) => name(o.type)),
+  };
 }
 
 /** {link: [id, slot]}, {value} of a widget that stands for the link, or undefined. */

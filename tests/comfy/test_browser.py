@@ -257,6 +257,63 @@ def test_without_a_sampler_the_picture_says_what_it_assumes(open_page):
     assert "no sampler connected, assuming 20 steps" in page.locator(".gi-live .note").inner_text()
 
 
+SET = """([type, name, value]) => {
+    const node = comfyAPI.app.app.graph.nodes.find((n) => n.type === type);
+    node.widgets.find((w) => w.name === name).value = value;
+}"""
+
+
+def test_where_nothing_is_guided_the_picture_says_why(open_page):
+    page = open_page()
+    load(page, load_workflow("02_drag_it"))
+    page.evaluate(SET, ["KSampler", "cfg", 1])
+    says(page, "cfg is 1, so no step is guided: nothing to save")
+    assert page.locator(".gi-live .dot").count() >= 16 and page.locator(".gi-live .dot.guided").count() == 0
+    page.evaluate(SET, ["KSampler", "denoise", 0])
+    says(page, "The sampler has no step to take")
+    page.evaluate(SET, ["KSampler", "denoise", 1])
+    page.evaluate(SET, ["KSampler", "cfg", 4])
+    says(page, "7 of 16 steps guided, 28 % fewer rows")
+
+
+SECOND = """() => {
+    const { app } = comfyAPI.app;
+    const find = (type) => app.graph.nodes.find((n) => n.type === type);
+    const [interval, first, decode] = [find("GuidanceInterval"), find("KSampler"), find("VAEDecode")];
+    const second = first.clone();
+    app.graph.add(second);
+    const at = (node, name) => node.inputs.findIndex((i) => i.name === name);
+    interval.connect(0, second, at(second, "model"));
+    for (const name of ["positive", "negative"]) {
+        const link = app.graph.getLink(first.inputs[at(first, name)].link);
+        app.graph.getNodeById(link.origin_id).connect(link.origin_slot, second, at(second, name));
+    }
+    first.connect(0, second, at(second, "latent_image"));
+    second.connect(0, decode, at(decode, "samples"));
+    second.widgets.find((w) => w.name === "steps").value = 5;
+    return [first.id, second.id];
+}"""
+
+
+def test_of_two_samplers_the_picture_names_the_one_it_shows(open_page):
+    page = open_page()
+    graph = load_workflow("02_drag_it")
+    (sampler,) = (node for node in graph["nodes"] if node["type"] == "KSampler")
+    sampler["widgets_values"][0] = 300  # A seed that is not cached.
+    graph["id"] = str(uuid.uuid4())
+    load(page, graph)
+    first, second = page.evaluate(SECOND)
+    page.wait_for_function("() => document.querySelector('.gi-live .note').textContent.includes('several samplers')")
+    assert f"several samplers, shown for KSampler #{first}" in page.locator(".gi-live .note").inner_text()
+    says(page, "of 16 steps guided")
+    page.evaluate("() => comfyAPI.app.app.queuePrompt(0, 1)")
+    page.wait_for_function("() => document.querySelector('.gi-live .ran').textContent.includes('\\n')", timeout=60000)
+    lines = page.locator(".gi-live .ran").inner_text().split("\n")
+    rows, of = re.fullmatch(r"Last run: (\d+) rows.* \(sampler (\d+)\)", lines[0]).groups()
+    assert (rows, of) == ("138", str(first))
+    assert lines[1].endswith(f"(sampler {second})")
+
+
 def test_zoomed_out_the_picture_is_a_number(open_page):
     page = open_page()
     load(page, load_workflow("02_drag_it"))

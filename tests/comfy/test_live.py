@@ -1,6 +1,5 @@
 """The forecast of a run against the run: what the live picture counts is what the network evaluates."""
 
-import asyncio
 import json
 import math
 import re
@@ -14,7 +13,10 @@ import torch
 @pytest.fixture(scope="module")
 def live(host):
     return types.SimpleNamespace(
-        **{name: harness.our_module(host, name) for name in ("forecast", "trace", "weightless", "live", "model_patch")}
+        **{
+            name: harness.our_module(host, name)
+            for name in ("forecast", "trace", "weightless", "live", "model_patch", "prompt_graph", "pure_nodes")
+        }
     )
 
 
@@ -32,8 +34,8 @@ def prompt_of(kind="sd15", interval=None, **sampler):
 
 def remembered(live, prompt, kind):
     """As after a first run of that prompt: the sampling of the model is known."""
-    graph = live.forecast.Graph(prompt)
-    live.weightless.remember(graph.path_key(graph.model_path("2")), harness.tiny_model(kind))
+    hidden = types.SimpleNamespace(unique_id="2", prompt=prompt)
+    live.live.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model(kind))
 
 
 def chart(live, prompt, node="2"):
@@ -192,7 +194,7 @@ def test_what_is_behind_the_interval_node(host, live):
     assert ["replaced", "GuidanceInterval"] in chart(live, again)["notes"]
 
     weightless = chart(live, prompt_of(cfg=1.0))
-    assert weightless["saved"] == 0 and ["nothing_to_limit", ""] in weightless["notes"]
+    assert weightless["saved"] == 0 and weightless["nothing"] == "cfg"
     assert chart(live, prompt_of(cfg=1.0, sampler_name="euler_cfg_pp"))["saved"] > 0
 
 
@@ -257,7 +259,7 @@ def test_a_checkpoint_is_known_by_its_header(host, live, tmp_path, monkeypatch):
         prompt = prompt_of()
         prompt["1"]["inputs"]["ckpt_name"] = name
         notes = []
-        model = live.forecast.Graph(prompt).model(["2", 0], notes)
+        model = live.prompt_graph.Graph(prompt, "2").model(["2", 0], notes)
         return model.get_model_object("model_sampling"), notes
 
     sampling, notes = of("sdxl.safetensors")
@@ -381,42 +383,9 @@ def test_each_language_says_the_same():
 
     for name in ("main.json", "settings.json"):
         assert of("en", name) == of("ja", name)
-    source = (harness.ROOT / "nodes" / "forecast.py").read_text(encoding="utf-8")
-    codes = set(re.findall(r'notes\.append\(\["(\w+)"', source))
+    sources = (harness.ROOT / "nodes" / f"{name}.py" for name in ("forecast", "prompt_graph"))
+    codes = {c for path in sources for c in re.findall(r'notes\.append\(\["(\w+)"', path.read_text(encoding="utf-8"))}
     assert codes == {path[-1] for path in of("en", "main.json") if "notes" in path}
     page = (harness.ROOT / "web" / "live.js").read_text(encoding="utf-8")
     used = set(re.findall(r"strings\.(\w+)", page)) - {"notes"}
     assert used == {path[-1] for path in of("en", "main.json") if "notes" not in path}
-
-
-# ----------------------------------------------------------------------------
-# The route.
-
-
-def test_the_route(live, monkeypatch):
-    from aiohttp import web
-    from aiohttp.test_utils import TestClient, TestServer
-
-    server = types.SimpleNamespace(routes=web.RouteTableDef())
-    monkeypatch.setattr(live.live, "_server", lambda: server)
-    live.live.register_route()
-    live.live.register_route()  # Once.
-    app = web.Application()
-    app.add_routes(server.routes)
-
-    async def ask():
-        async with TestClient(TestServer(app)) as client:
-            good = await client.post(live.live.PATH, json={"prompt": prompt_of(), "node": "2"})
-            assert good.status == 200 and (await good.json())["steps"] == 6
-            for body in (b"no json", b"[]", b"{}", b'{"prompt": 3, "node": "2"}'):
-                bad = await client.post(live.live.PATH, data=body)
-                assert bad.status == 400 and "node id" in (await bad.json())["error"]
-            odd = await client.post(live.live.PATH, json={"prompt": {"2": 7}, "node": "2"})
-            assert "error" in await odd.json()
-
-    asyncio.run(ask())
-
-
-def test_without_a_server_nothing_happens(live, monkeypatch):
-    monkeypatch.setattr(live.live, "_server", lambda: None)
-    live.live.register_route()
