@@ -75,6 +75,12 @@ def forge_objects_of(inner):
     return getattr(getattr(inner, "inner_model", None), "forge_objects", None)
 
 
+def predictor_of(objects):
+    """What of Forge's or reForge's model knows its noise levels."""
+    model = objects.unet.model
+    return getattr(model, "predictor", None) or model.model_sampling
+
+
 # ----------------------------------------------------------------------------
 # Noise levels.
 
@@ -88,14 +94,14 @@ def noise_levels_of(inner):
     """
     objects = forge_objects_of(inner)
     if objects is not None:
-        model = objects.unet.model
-        sampling = getattr(model, "predictor", None) or model.model_sampling
+        sampling = predictor_of(objects)
     else:
         sampling = inner
         if not hasattr(inner, "sigmas"):
             timesteps = Timesteps(alpha_bar_to_sigma(inner.inner_model.alphas_cumprod))
             return timesteps.sigma
-    if float(sampling.sigmas[-1]) <= 1:  # No model of another kind ends so low.
+    # Flow matching ends at 1, or a rounding of its shift above it, and no model of another kind so low.
+    if float(sampling.sigmas[-1]) < 2:
         return lambda t: flow_time_to_sigma(t.double().clamp(0, 1))
     sigma_data = 1.0 if objects is None else getattr(sampling, "sigma_data", 1.0)
     return (lambda sigma: sigma) if sigma_data == 1 else (lambda sigma: sigma / sigma_data)
@@ -108,6 +114,37 @@ def noise_levels_of(inner):
 def _patch_a1111(params, inner, generation, guided):
     forward = getattr(inner.forward, "before_guidance_interval", inner.forward)  # An interrupted call left its own.
     inner.forward = _Rows(forward, inner, params, generation, guided)
+    left = vars(params.denoiser).get("combine_denoised")
+    if isinstance(left, _CombinedAtScale1):
+        left.remove()
+    if not guided:
+        params.denoiser.combine_denoised = _CombinedAtScale1(params.denoiser)
+
+
+class _CombinedAtScale1:
+    """Stands for the denoiser's `combine_denoised` during one unguided call, and has it combine with weight 1.
+
+    Extensions recombine the predictions there by region (Regional Prompter) or by direction (Neutral Prompt), so that
+    what they make of uncond = cond still moves with the weight. The hook that one has set is asked, and stays.
+    """
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        self.hook = vars(denoiser).get("combine_denoised")
+        self.combine = denoiser.combine_denoised
+        self.done = False
+
+    def __call__(self, x_out, conds_list, uncond, cond_scale):
+        cond_scale = cond_scale if self.done else 1.0  # Done: an extension has wrapped this one, and goes on asking it.
+        self.remove()
+        return self.combine(x_out, conds_list, uncond, cond_scale)
+
+    def remove(self):
+        self.done = True
+        if vars(self.denoiser).get("combine_denoised") is self:
+            del self.denoiser.combine_denoised
+            if self.hook is not None:
+                self.denoiser.combine_denoised = self.hook
 
 
 class _Rows:

@@ -1,8 +1,8 @@
 """A real web UI in this process, with tiny random checkpoints in a scratch folder and this repository as extension.
 
-A1111_PATH names a checkout of Automatic1111 (with its `repositories/`), FORGE_PATH one of Forge or reForge; run
-pytest with a Python that has the web UI's requirements, and one of the two at a time. Nothing is written into the
-checkout.
+A1111_PATH names a checkout of Automatic1111 (with its `repositories/`), FORGE_PATH one of Forge, reForge, Forge Neo or
+Forge Classic; run pytest with a Python that has the web UI's requirements, and one of the two at a time. Nothing is
+written into the checkout.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ ARGS = (
 )
 A1111_ARGS = " --use-cpu all --no-half --no-half-vae --precision full"
 FORGE_ARGS = " --always-cpu --all-in-fp32"
+NEO_ARGS = " --cpu --force-fp32"  # And Forge Classic's.
 
 
 def pytest_collection_modifyitems(items):
@@ -55,7 +56,7 @@ def webui(tmp_path_factory):
     (data / "models" / "Stable-diffusion").mkdir(parents=True)
     os.chdir(path)
     sys.path.insert(0, str(path))
-    args = f"{ARGS}{A1111_ARGS if host == 'a1111' else FORGE_ARGS} --data-dir {data}"
+    args = f"{ARGS}{_own_args(host, path)} --data-dir {data}"
     sys.argv = ["webui.py", *args.split()]
     os.environ.update(IGNORE_CMD_ARGS_ERRORS="1", GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     boot = _boot_a1111 if host == "a1111" else _boot_forge
@@ -73,6 +74,13 @@ def webui(tmp_path_factory):
     shared.opts.data.update(samples_save=False, grid_save=False, live_previews_enable=False, save_init_img=False)
     assert any(s.title() == "Guidance Interval" for s in scripts.scripts_txt2img.alwayson_scripts)
     return types.SimpleNamespace(host=host, data=data, api=TestClient(app))
+
+
+def _own_args(host, path):
+    if host == "a1111":
+        return A1111_ARGS
+    known = path / "backend" / "args.py"
+    return NEO_ARGS if known.is_file() and "--always-cpu" not in known.read_text() else FORGE_ARGS
 
 
 # ----------------------------------------------------------------------------
