@@ -1,4 +1,6 @@
-"""One denoiser call of Automatic1111, Forge or reForge: judged, and cut to its conditional rows outside the interval.
+"""One denoiser call of Automatic1111 or of a Forge: judged, and cut to its conditional rows outside the interval.
+
+Forge, reForge, Forge Neo and Forge Classic are patched in one way, Automatic1111 in another.
 
 The hosts announce each call to `on_cfg_denoiser` callbacks, just before they evaluate the network. What is put
 in place there lasts for that call; the settings stand on the processing object `p`. So an error, an
@@ -71,12 +73,12 @@ def _patch_for(params, inner):
 
 
 def forge_objects_of(inner):
-    """What Forge and reForge keep behind a denoiser's inner model, or None on Automatic1111."""
+    """What the Forges keep behind a denoiser's inner model, or None on Automatic1111."""
     return getattr(getattr(inner, "inner_model", None), "forge_objects", None)
 
 
 def predictor_of(objects):
-    """What of Forge's or reForge's model knows its noise levels."""
+    """What of a Forge's model knows its noise levels."""
     model = objects.unet.model
     return getattr(model, "predictor", None) or model.model_sampling
 
@@ -90,7 +92,7 @@ def noise_levels_of(inner):
 
     Both are tensors [rows]; noise levels are in the units of k-diffusion, x = x0 + sigma n, for data of unit
     scale. A1111's timestep samplers (DDIM, PLMS, UniPC) pass a timestep, flow-matching models a time in [0, 1],
-    and EDM models of Forge and reForge (Playground 2.5) a sigma for data of another scale.
+    and EDM models of the Forges (Playground 2.5) a sigma for data of another scale.
     """
     objects = forge_objects_of(inner)
     if objects is not None:
@@ -228,7 +230,7 @@ def weighted_mean(preds, weights):
 
 
 # ----------------------------------------------------------------------------
-# Forge and reForge. The unet patcher's last conditioning modifier has the last word on cond, uncond and weight.
+# The Forges. The unet patcher's last conditioning modifier has the last word on cond, uncond and weight.
 
 
 def _patch_forge(params, inner, generation, guided):
