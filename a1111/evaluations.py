@@ -13,7 +13,7 @@ from modules import (
     extra_networks,
     processing,
     prompt_parser,
-    script_callbacks,
+    scripts,
     sd_models,
     sd_samplers,
     sd_samplers_common,
@@ -99,11 +99,17 @@ def _with_styles(prompt, controls):
     """The prompt as the text encoder will meet it: with styles, without comments and extra networks."""
     styles = controls.get("styles")
     prompt = shared.prompt_styles.apply_styles_to_prompt(prompt or "", styles) if styles else prompt or ""
-    # The host's own way to tell its token counter: "Comments" and extensions change the prompt here.
-    params = script_callbacks.BeforeTokenCounterParams(prompt, controls["steps"], [])
-    script_callbacks.before_token_counter_callback(params)
-    (prompt,), _ = extra_networks.parse_prompts([params.prompt])
+    (prompt,), _ = extra_networks.parse_prompts([_without_comments(prompt)])
     return prompt
+
+
+def _without_comments(prompt):
+    """What the host's script "Comments" makes of it when an image is begun."""
+    p = SimpleNamespace(all_prompts=[prompt], all_negative_prompts=[], main_prompt="", main_negative_prompt="")
+    for script in getattr(scripts.scripts_txt2img, "alwayson_scripts", ()):
+        if script.title() == "Comments":
+            script.process(p)
+    return p.all_prompts[0]
 
 
 def _uncond_rows(model, cfg_scale, image_cfg_scale=None):

@@ -298,10 +298,13 @@ class Host(types.SimpleNamespace):
                 on_cfg_denoiser=self.callbacks["cfg_denoiser"].append,
                 on_before_ui=self.callbacks["before_ui"].append,
                 on_infotext_pasted=self.callbacks["infotext_pasted"].append,
-                BeforeTokenCounterParams=lambda prompt, steps, styles: module(prompt=prompt),
-                before_token_counter_callback=without_comments,
             ),
-            "modules.scripts": module(Script=script, AlwaysVisible=self.always_visible, scripts_data=[]),
+            "modules.scripts": module(
+                Script=script,
+                AlwaysVisible=self.always_visible,
+                scripts_data=[],
+                scripts_txt2img=module(alwayson_scripts=[Comments()]),
+            ),
             "modules.ui_components": module(InputAccordion=lambda value, **kwargs: Component(value, **kwargs)),
             "modules.infotext_utils": module(PasteField=lambda component, target: (component, target)),
             "modules.images": module(
@@ -394,9 +397,15 @@ def parse_prompts(prompts):
     return [re.sub("<[^>]*>", "", prompt) for prompt in prompts], {}
 
 
-def without_comments(params):
-    """modules.processing_scripts.comments': the rest of a line after #."""
-    params.prompt = re.sub("#[^\n]*", "", params.prompt)
+class Comments:
+    """modules.processing_scripts.comments: takes out the rest of a line after #."""
+
+    def title(self):
+        return "Comments"
+
+    def process(self, p):
+        p.all_prompts = [re.sub("#[^\n]*", "", prompt) for prompt in p.all_prompts]
+        p.all_negative_prompts = [re.sub("#[^\n]*", "", prompt) for prompt in p.all_negative_prompts]
 
 
 def module(**contents):

@@ -330,12 +330,14 @@ class Judge:
             if denoiser.mask is not None and not denoiser.mask_before_denoising:
                 pred = pred * denoiser.nmask + denoiser.init_latent * denoiser.mask
             return pred, count, True
-        skip = shared.opts.data.get("skip_early_cond", 0.0)
-        shared.opts.data["skip_early_cond"] = 1e9  # The host's own skip: cond alone, but not the mean for AND.
+        # The host's own skips: cond alone, but not the mean for AND. The first never acts at step 0 of Forge Neo.
+        own = {"skip_early_cond": 1e9, "s_min_uncond_all": True}
+        before = {name: shared.opts.data.get(name, 0.0) for name in own}
+        shared.opts.data.update(own)
         try:
-            out, rows, _ = self.evaluate(real, denoiser, x, sigma, kwargs)
+            out, rows, _ = self.evaluate(real, denoiser, x, sigma, {**kwargs, "s_min_uncond": 1e9})
         finally:
-            shared.opts.data["skip_early_cond"] = skip
+            shared.opts.data.update(before)
         assert rows == count or self.host == "forge"  # Where a patch of the unet may add rows of its own.
         formula = self.host == "forge" and "sampler_cfg_function" in unet_of(denoiser).model_options
         if all(len(p) == 1 for p in prompts) and not formula:
@@ -502,7 +504,36 @@ def checkpoint(webui):
         sd_models.reload_model_weights()
 
     yield load
-    load("tiny")
+    if hasattr(sd_models, "reload_model_weights"):  # Forge Neo has another way, and one checkpoint.
+        load("tiny")
+
+
+@pytest.fixture
+def hires(webui):
+    """`hires(steps=5)`: what of `p` asks for a second pass of hires fix, in this host."""
+    from modules import shared
+    from modules.processing import StableDiffusionProcessingTxt2Img
+
+    def second_pass(**more):
+        upscaler = "Latent" if "Latent" in shared.latent_upscale_modes else "None"  # Forge Neo has no latent ones.
+        known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
+        forges = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
+        kwargs = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": upscaler}
+        return kwargs | {k: v for k, v in forges.items() if k in known} | more
+
+    return second_pass
+
+
+@pytest.fixture
+def need_sampler(webui):
+    """`need_sampler("DPM fast")` skips the test where the host has no such sampler."""
+    from modules import sd_samplers
+
+    def need(name):
+        if name not in sd_samplers.all_samplers_map:
+            pytest.skip(f"this host has no sampler {name!r}")
+
+    return need
 
 
 # ----------------------------------------------------------------------------

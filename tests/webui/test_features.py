@@ -51,17 +51,11 @@ def test_inpaint(judge, generate, st, report, image, mask, sampler, soft):
 
 @pytest.mark.parametrize("controls", [NARROW, FIRST])
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM"])
-def test_hires_fix(judge, generate, st, report, sampler, controls):
+def test_hires_fix(judge, generate, st, report, hires, sampler, controls):
     judged = judge(st.from_controls(*controls))
-    from modules.processing import StableDiffusionProcessingTxt2Img
-
-    known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
-    more = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
-    more = {name: value for name, value in more.items() if name in known}
     _, processed = generate(
-        accordion=[True, *controls], sampler_name=sampler, enable_hr=True, hr_scale=2, hr_upscaler="Latent",
-        denoising_strength=0.7, **more,
-    )  # fmt: skip
+        accordion=[True, *controls], sampler_name=sampler, **hires(hr_scale=2, denoising_strength=0.7)
+    )
     report(sampler, "hires" if controls is NARROW else "hires, first pass", judged)
     judged.check()
     hires = [c["guided"] for c in judged.calls if c["hires"]]
@@ -271,7 +265,7 @@ def test_infotext_round_trip(generate, webui):
         return [f(params) if callable(f) else params.get(f) for _, f in found.infotext_fields]
 
     assert paste(params)[:5] == [True, "sdxl", 0.28, 5.42, "Both passes"]
-    assert [c for c, _ in found.infotext_fields][:5] == found.controls
+    assert [c.label for c, _ in found.infotext_fields][:5] == [c.label for c in found.controls]
     assert "Guidance interval" in scripts.scripts_txt2img.paste_field_names
     _, plain = generate()
     assert paste(infotext_utils.parse_generation_parameters(plain.infotexts[0]))[0] is False
@@ -327,6 +321,10 @@ def test_an_interval_that_cannot_be_read_changes_nothing_and_is_told(pasted, val
 
 def test_the_apis_infotext(post, webui):
     """Automatic1111's and Forge's: parameters that fill the arguments that are not given."""
+    try:
+        post(infotext="Steps: 8, Sampler: Euler, CFG scale: 7")
+    except TypeError as e:
+        pytest.skip(f"this host's API cannot read any infotext: {e}")
     answer = post(infotext=TEXT.format("0.28-5.42").partition("\n")[2])
     assert answer.status_code == 200
     assert KEY in json.loads(answer.json()["info"])["infotexts"][0]
@@ -468,22 +466,17 @@ COMPARED = {
     "plain": {},
     "AND": {"prompt": "a cat AND a dog"},
     "weight": {"prompt": "a cat :0.5"},
-    "hires, first pass": {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"},
+    "hires, first pass": {},
 }
 
 
 @pytest.mark.parametrize("kind", [*COMPARED, "InstructPix2Pix"])
-def test_each_column_of_the_comparison_can_be_made_again(webui, generate, image, checkpoint, kind):
+def test_each_column_of_the_comparison_can_be_made_again(webui, generate, hires, image, checkpoint, kind):
     """By what stands in its parameters; conditional only is what the interval does outside."""
     from guidance_interval.a1111 import settings as st
     from modules import infotext_utils
-    from modules.processing import StableDiffusionProcessingTxt2Img
 
-    kwargs = dict(COMPARED.get(kind, {}))
-    if "enable_hr" in kwargs:
-        known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
-        more = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
-        kwargs |= {k: v for k, v in more.items() if k in known}
+    kwargs = hires() if "hires" in kind else dict(COMPARED.get(kind, {}))
     if kind == "InstructPix2Pix":
         if webui.host == "forge":
             pytest.skip("Forge has no InstructPix2Pix")

@@ -1,5 +1,6 @@
 """In a real web UI: the page in a real browser. What the picture asks for, and what pasting and typing do."""
 
+import contextlib
 import importlib.util
 import re
 import socket
@@ -24,13 +25,14 @@ def address(webui):
     """The page of the web UI, served as its own `webui.py` does."""
     path = browser.chromium()
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
-    from modules import initialize_util, progress, script_callbacks, shared, ui, ui_extra_networks
+    from modules import initialize_util, progress, script_callbacks, scripts, shared, ui, ui_extra_networks
 
     allowed = []
-    if importlib.util.find_spec("modules_forge.forge_canvas"):
+    with contextlib.suppress(ImportError):  # Of the Forges with Gradio 4.
         from modules_forge.forge_canvas.canvas import canvas_js_root_path
 
         allowed.append(canvas_js_root_path)
+    scripts.load_scripts()  # The page anew, as "Reload UI" makes it.
     script_callbacks.before_ui_callback()
     shared.demo = ui.create_ui()
     shared.demo.queue()
@@ -58,7 +60,7 @@ def page(address):
     """A page that has just been opened, with the accordion open and the picture drawn."""
     chromium, url = address
     page = chromium.new_page(viewport={"width": 1600, "height": 1400})
-    page.set_default_timeout(60000)
+    page.set_default_timeout(20000)
     page.asked = []  # What the page has asked the server to compute.
     page.on("request", lambda r: page.asked.append(r.url) if re.search("/(queue/join|run/)", r.url) else None)
     page.on("websocket", lambda w: page.asked.append(w.url))
@@ -173,7 +175,7 @@ def test_a_high_noise_level_can_be_typed(page):
 
 def test_what_is_wrong_is_in_the_themes_colour_of_errors(page):
     field = box(page, "sigma_lo")
-    plain = page.locator(f"{PICTURE}").evaluate("(e) => getComputedStyle(e).color")
+    plain = page.locator(PICTURE).last.evaluate("(e) => getComputedStyle(e).color")
     field.fill("9")
     field.press("Tab")
     warning = page.locator(f"{PICTURE} [role=alert]")
