@@ -24,7 +24,7 @@ from .patch import noise_levels_of, predictor_of
 from .picture import Pass
 
 SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
-NUMBERS = ("steps", "denoising_strength", "hires_denoising_strength", "width", "height")
+NUMBERS = ("steps", "denoising_strength", "width", "height")
 MAX_EVALUATIONS = 1000
 MAX_KEPT = 64
 _kept = {}  # Noise levels of the last schedules, to be shown while an image is being made.
@@ -49,7 +49,8 @@ def passes(controls, settings):
     """
     if not {"sampler", "scheduler", "steps"} <= controls.keys():
         raise Unknown("The steps cannot be shown: this web UI makes its sampler's controls after this script's.")
-    empty = [name for name in NUMBERS if name in controls and controls[name] is None]
+    numbers = (*NUMBERS, "hires_denoising_strength") if controls.get("hires") else NUMBERS
+    empty = [name for name in numbers if name in controls and controls[name] is None]
     if empty:
         raise Unknown(f"The steps cannot be shown: {empty[0].replace('_', ' ')} is empty.")
     model = _loaded_model()

@@ -121,7 +121,7 @@ def preset_of(sigma_lo, sigma_hi):
 # ----------------------------------------------------------------------------
 # An interval as text: "0.28-5.42".
 
-_DASHES = str.maketrans(
+_SAME = str.maketrans(
     dict.fromkeys("\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}\N{WAVE DASH}~", "-") | {"\N{INFINITY}": "inf"}
 )
 _NUMBER = r"(-?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[-+]?\d+)?|inf(?:inity)?)"
@@ -158,7 +158,7 @@ def parse_interval(text):
 
 def _plain(text):
     """Without what stands around, and with one kind of letters, spaces and dashes."""
-    plain = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().translate(_DASHES).strip(_AROUND).split())
+    plain = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().translate(_SAME).strip(_AROUND).split())
     return re.sub(r"(\.\d+),(?=\d*\.)", r"\1, ", plain)  # Both have a point: this comma stands between them.
 
 

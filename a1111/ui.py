@@ -82,7 +82,6 @@ def controls(tab, name, opened=None):
     with gr.Row():  # From high noise to low, as in the picture and in time.
         sigma_hi = gr.Number(
             value=interval.sigma_hi,
-            minimum=0,
             step=0.01,
             label="Guidance begins (sigma_hi)",
             info="Noise level; 0: from the start.",
@@ -90,7 +89,6 @@ def controls(tab, name, opened=None):
         )
         sigma_lo = gr.Number(
             value=interval.sigma_lo,
-            minimum=0,
             step=0.01,
             label="Guidance ends (sigma_lo)",
             info="Noise level; 0: at the end.",

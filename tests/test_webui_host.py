@@ -825,6 +825,9 @@ def test_why_there_is_no_picture(host):
     assert "8 steps" in ui.picture_of(ours, values)
     assert "after this script's" in ui.picture_of(ours, {})
     assert "steps is empty" in ui.picture_of(ours, {**values, "steps": None})
+    assert "8 steps" in ui.picture_of(ours, {**values, "hires_denoising_strength": None})
+    hires = {"hires": True, "hires_denoising_strength": None}
+    assert "hires denoising strength is empty" in ui.picture_of(ours, {**values, **hires})
     assert "Heun++: the steps cannot be told (AssertionError: bad" in ui.picture_of(
         ours, {**values, "sampler": "Heun++"}
     )

@@ -1,4 +1,4 @@
-"""In the real Forge, reForge, Forge Neo or Forge Classic: every denoiser call judged against the unpatched host, sampler by feature."""
+"""In the real Forges: every denoiser call judged against the unpatched host, sampler by feature."""
 
 import pytest
 
