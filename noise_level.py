@@ -185,19 +185,19 @@ def schedule(name, steps, sigma_min, sigma_max):
 # In words.
 
 
-def describe_cost(guided, rows=None, rows_everywhere=None, unit="step", first=0):
+def describe_cost(guided, rows=None, rows_everywhere=None, unit="step", first=0, work="network rows"):
     """One sentence: which steps of a run are guided, and the share of full CFG's network rows that this saves.
 
     guided: whether each step is. rows, rows_everywhere: network rows per image of the run, and with CFG everywhere
     (None: one for cond and one for uncond). unit: "step", or "evaluation" where a step takes several. first: the
-    number of the first one.
+    number of the first one. work: what the reader calls a row.
     """
     which = [i for i, g in enumerate(guided, first) if g]
     rows = len(guided) + len(which) if rows is None else rows
     rows_everywhere = 2 * len(guided) if rows_everywhere is None else rows_everywhere
     saved = 1 - rows / rows_everywhere
     change = f"{saved:.0%} saved" if saved >= 0 else f"{-saved:.0%} more"
-    cost = f"{rows} network rows per image instead of {rows_everywhere}, {change}"
+    cost = f"{rows} {work} per image instead of {rows_everywhere}, {change}"
     if not which:
         return f"None of the {len(guided)} {unit}s is guided: {cost}"
     span = f"{which[0]} to {which[-1]}" if len(which) > 1 else str(which[0])

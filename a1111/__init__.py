@@ -1,4 +1,4 @@
-"""Automatic1111, Forge and reForge: everything behind `scripts/guidance_interval.py`.
+"""Automatic1111, Forge, reForge, Forge Neo and Forge Classic: everything behind `scripts/guidance_interval.py`.
 
 A folder of its own because these web UIs run every file in scripts/ as a script.
 

@@ -8,6 +8,7 @@ from modules.processing import Processed, process_images
 
 from ..sampler_patch import GuidanceInterval
 from .host import ROWS_ATTRIBUTE, SETTINGS_ATTRIBUTE, say
+from .picture import WORK
 from .settings import TITLE, Settings, describe
 
 WARM_UP_STEPS = 3  # Without them the first column alone pays for loading and tuning.
@@ -16,7 +17,7 @@ WARM_UP_STEPS = 3  # Without them the first column alone pays for loading and tu
 def run(p, settings):
     """Render `p` three times; return a Processed with the grid first and then all images, column by column.
 
-    Seconds are those of the whole generation, after a short one that warms up; rows are the network's.
+    Seconds are those of the whole generation, after a short one that warms up.
     """
     processing.fix_seed(p)
     columns = [
@@ -49,7 +50,7 @@ def _render(p, label, settings, **changed):
     processed = process_images(cell)
     seconds = time.perf_counter() - start
     rows = getattr(cell, ROWS_ATTRIBUTE, None)
-    cost = f"{seconds:.1f} s" + ("" if rows is None else f", {rows} rows")
+    cost = f"{seconds:.1f} s" + ("" if rows is None else f", {rows} {WORK}")
     return f"{label}\n{cost}", processed
 
 

@@ -7,12 +7,24 @@ import math
 from types import SimpleNamespace
 
 import torch
-from modules import call_queue, devices, prompt_parser, sd_models, sd_samplers, sd_samplers_common, shared
+from modules import (
+    call_queue,
+    devices,
+    extra_networks,
+    processing,
+    prompt_parser,
+    scripts,
+    sd_models,
+    sd_samplers,
+    sd_samplers_common,
+    shared,
+)
 
-from .patch import noise_levels_of
+from .patch import noise_levels_of, predictor_of
 from .picture import Pass
 
 SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
+NUMBERS = ("steps", "denoising_strength", "width", "height")
 MAX_EVALUATIONS = 1000
 MAX_KEPT = 64
 _kept = {}  # Noise levels of the last schedules, to be shown while an image is being made.
@@ -20,6 +32,10 @@ _kept = {}  # Noise levels of the last schedules, to be shown while an image is 
 
 class Unknown(Exception):
     """Why it cannot be told at which noise levels the network will be evaluated; the message is for the user."""
+
+
+class Busy(Unknown):
+    """It cannot be told now, while an image is being made."""
 
 
 # ----------------------------------------------------------------------------
@@ -33,14 +49,19 @@ def passes(controls, settings):
     """
     if not {"sampler", "scheduler", "steps"} <= controls.keys():
         raise Unknown("The steps cannot be shown: this web UI makes its sampler's controls after this script's.")
+    numbers = (*NUMBERS, "hires_denoising_strength") if controls.get("hires") else NUMBERS
+    empty = [name for name in numbers if name in controls and controls[name] is None]
+    if empty:
+        raise Unknown(f"The steps cannot be shown: {empty[0].replace('_', ' ')} is empty.")
     model = _loaded_model()
     steps = int(controls["steps"])
     cfg = controls.get("cfg_scale", 7.0)
-    prompt = _with_styles(controls.get("prompt", ""), controls)
+    prompt = _with_styles(controls.get("prompt"), controls)
+    size = {name: controls[name] for name in ("width", "height") if name in controls}
     first = _pass(
         settings if settings.covers(hires_pass=False) else None,
         _noise_levels(
-            model, controls["sampler"], controls["scheduler"], steps, controls.get("denoising_strength"), hires=False
+            model, controls["sampler"], controls["scheduler"], steps, controls.get("denoising_strength"), **size
         ),
         prompt,
         _uncond_rows(model, cfg, controls.get("image_cfg_scale")),
@@ -49,6 +70,7 @@ def passes(controls, settings):
         return [first]
     sampler, scheduler = controls.get("hires_sampler"), controls.get("hires_scheduler")
     hires_prompt = controls.get("hires_prompt")
+    enlarged = {name: controls[name] for name in ("hr_scale", "hr_resize_x", "hr_resize_y") if name in controls}
     second = _pass(
         settings if settings.covers(hires_pass=True) else None,
         _noise_levels(
@@ -58,6 +80,8 @@ def passes(controls, settings):
             int(controls.get("hires_steps") or steps),
             controls["hires_denoising_strength"],
             hires=True,
+            **size,
+            **enlarged,
         ),
         _with_styles(hires_prompt, controls) if hires_prompt else prompt,
         _uncond_rows(model, controls.get("hires_cfg_scale") or cfg),
@@ -73,8 +97,20 @@ def _pass(settings, sigmas, prompt, uncond):
 
 
 def _with_styles(prompt, controls):
+    """The prompt as the text encoder will meet it: with styles, without comments and extra networks."""
     styles = controls.get("styles")
-    return shared.prompt_styles.apply_styles_to_prompt(prompt, styles) if styles else prompt
+    prompt = shared.prompt_styles.apply_styles_to_prompt(prompt or "", styles) if styles else prompt or ""
+    (prompt,), _ = extra_networks.parse_prompts([_without_comments(prompt)])
+    return prompt
+
+
+def _without_comments(prompt):
+    """What the host's script "Comments" makes of it when an image is begun."""
+    p = SimpleNamespace(all_prompts=[prompt], all_negative_prompts=[], main_prompt="", main_negative_prompt="")
+    for script in getattr(scripts.scripts_txt2img, "alwayson_scripts", ()):
+        if script.title() == "Comments":
+            script.process(p)
+    return p.all_prompts[0]
 
 
 def _uncond_rows(model, cfg_scale, image_cfg_scale=None):
@@ -91,13 +127,13 @@ def _uncond_rows(model, cfg_scale, image_cfg_scale=None):
 def _noise_levels(model, *args, **kwargs):
     """Noise levels of the evaluations of one pass, a tensor [evaluations]; only while no image is being made.
 
-    A trial run would draw from the random numbers of an image that is being made.
+    A trial run would draw from the random numbers of an image that is being made, and set its model's noise levels.
     """
-    key = (id(model), *args, *kwargs.items())
+    key = (id(model), args, *kwargs.items(), repr(shared.opts.data))  # Many an option changes a schedule.
     if not call_queue.queue_lock.acquire(blocking=False):
         if key in _kept:
             return _kept[key]
-        raise Unknown("An image is being made; its steps are shown here when it is done.")
+        raise Busy("An image is being made; its steps are shown here when it is done.")
     try:
         sigmas = _evaluated(model, *args, **kwargs)
     finally:
@@ -115,7 +151,7 @@ def _loaded_model():
     return model
 
 
-def _evaluated(model, sampler_name, scheduler, steps, denoising, hires):
+def _evaluated(model, sampler_name, scheduler, steps, denoising, **more):
     """The noise levels of the pass; denoising None begins with noise alone, as txt2img does."""
     depends = (
         f"How often {sampler_name} evaluates the network depends on the image, so the steps and what is saved cannot "
@@ -125,10 +161,11 @@ def _evaluated(model, sampler_name, scheduler, steps, denoising, hires):
     # Two networks: where they are not evaluated at the same noise levels, the image has a say in them.
     for network in (torch.zeros_like, lambda x: torch.sin(20 * x)):
         try:
-            sampler = sd_samplers.create_sampler(sampler_name, model)
-            recorder = _Recorder(sampler.model_wrap_cfg, network)
-            _trial_run(sampler, recorder, scheduler, steps, denoising, hires)
-            runs.append(recorder.noise_levels())
+            with _noise_schedule(model):
+                sampler = sd_samplers.create_sampler(sampler_name, model)
+                recorder = _Recorder(sampler.model_wrap_cfg, network)
+                _trial_run(model, sampler, recorder, scheduler, steps, denoising, **more)
+                runs.append(recorder.noise_levels())
         except Exception as e:  # Of any sampler that there is, and of any that an extension adds.
             if runs or isinstance(e, _TooMany):
                 raise Unknown(depends) from e
@@ -142,10 +179,49 @@ def _evaluated(model, sampler_name, scheduler, steps, denoising, hires):
     return runs[0]
 
 
-def _trial_run(sampler, recorder, scheduler, steps, denoising, hires):
+@contextlib.contextmanager
+def _noise_schedule(model):
+    """The noise levels that the host gives its model for an image, by the options of now; then what they were."""
+    objects = getattr(model, "forge_objects", None)
+    if objects is None:
+        before = model.alphas_cumprod
+        sd_models.apply_alpha_schedule_override(model)
+        try:
+            yield
+        finally:
+            model.alphas_cumprod = before
+        return
+    zero_snr = getattr(shared.opts, "sd_noise_schedule", None) == "Zero Terminal SNR"
+    if not (zero_snr or getattr(getattr(model, "model_config", model), "ztsnr", False)):
+        yield
+        return
+    sampling = predictor_of(objects)
+    before = sampling.sigmas
+    sampling.set_sigmas(processing.rescale_zero_terminal_snr_sigmas(before))
+    try:
+        yield
+    finally:
+        sampling.set_sigmas(before)
+
+
+def _trial_run(
+    model,
+    sampler,
+    recorder,
+    scheduler,
+    steps,
+    denoising,
+    hires=False,
+    width=512,
+    height=512,
+    hr_scale=2.0,
+    hr_resize_x=0,
+    hr_resize_y=0,
+):
     """What the host's `Sampler.sample` and `sample_img2img` do, without the network and the state that others see."""
     x = torch.linspace(-1, 1, 4 * 8 * 8, device=devices.device).view(1, 4, 8, 8)
     p = SimpleNamespace(
+        sd_model=model,
         sampler_name=sampler.config.name,
         scheduler=scheduler,
         hr_scheduler=scheduler,
@@ -161,9 +237,14 @@ def _trial_run(sampler, recorder, scheduler, steps, denoising, hires):
         sampler_noise_scheduler_override=None,
         extra_generation_params={},
         override_settings={},
-        width=512,
-        height=512,
+        width=width,
+        height=height,
     )
+    if hires:
+        vars(p).update(hr_scale=hr_scale, hr_resize_x=hr_resize_x, hr_resize_y=hr_resize_y)
+        vars(p).update(hr_upscale_to_x=0, hr_upscale_to_y=0, truncate_x=0, truncate_y=0)
+        p.applied_old_hires_behavior_to = None
+        processing.StableDiffusionProcessingTxt2Img.calculate_target_resolution(p)
     if hasattr(sampler, "scheduler_name"):  # reForge's.
         sampler.scheduler_name = scheduler
     parameters = inspect.signature(sampler.func).parameters

@@ -1,4 +1,6 @@
-"""One denoiser call of Automatic1111, Forge or reForge: judged, and cut to its conditional rows outside the interval.
+"""One denoiser call of Automatic1111 or of a Forge: judged, and cut to its conditional rows outside the interval.
+
+Forge, reForge, Forge Neo and Forge Classic are patched in one way, Automatic1111 in another.
 
 The hosts announce each call to `on_cfg_denoiser` callbacks, just before they evaluate the network. What is put
 in place there lasts for that call; the settings stand on the processing object `p`. So an error, an
@@ -71,8 +73,14 @@ def _patch_for(params, inner):
 
 
 def forge_objects_of(inner):
-    """What Forge and reForge keep behind a denoiser's inner model, or None on Automatic1111."""
+    """What the Forges keep behind a denoiser's inner model, or None on Automatic1111."""
     return getattr(getattr(inner, "inner_model", None), "forge_objects", None)
+
+
+def predictor_of(objects):
+    """What of a Forge's model knows its noise levels."""
+    model = objects.unet.model
+    return getattr(model, "predictor", None) or model.model_sampling
 
 
 # ----------------------------------------------------------------------------
@@ -84,18 +92,18 @@ def noise_levels_of(inner):
 
     Both are tensors [rows]; noise levels are in the units of k-diffusion, x = x0 + sigma n, for data of unit
     scale. A1111's timestep samplers (DDIM, PLMS, UniPC) pass a timestep, flow-matching models a time in [0, 1],
-    and EDM models of Forge and reForge (Playground 2.5) a sigma for data of another scale.
+    and EDM models of the Forges (Playground 2.5) a sigma for data of another scale.
     """
     objects = forge_objects_of(inner)
     if objects is not None:
-        model = objects.unet.model
-        sampling = getattr(model, "predictor", None) or model.model_sampling
+        sampling = predictor_of(objects)
     else:
         sampling = inner
         if not hasattr(inner, "sigmas"):
             timesteps = Timesteps(alpha_bar_to_sigma(inner.inner_model.alphas_cumprod))
             return timesteps.sigma
-    if float(sampling.sigmas[-1]) <= 1:  # No model of another kind ends so low.
+    # Flow matching ends at 1, or a rounding of its shift above it, and no model of another kind so low.
+    if float(sampling.sigmas[-1]) < 2:
         return lambda t: flow_time_to_sigma(t.double().clamp(0, 1))
     sigma_data = 1.0 if objects is None else getattr(sampling, "sigma_data", 1.0)
     return (lambda sigma: sigma) if sigma_data == 1 else (lambda sigma: sigma / sigma_data)
@@ -108,6 +116,37 @@ def noise_levels_of(inner):
 def _patch_a1111(params, inner, generation, guided):
     forward = getattr(inner.forward, "before_guidance_interval", inner.forward)  # An interrupted call left its own.
     inner.forward = _Rows(forward, inner, params, generation, guided)
+    left = vars(params.denoiser).get("combine_denoised")
+    if isinstance(left, _CombinedAtScale1):
+        left.remove()
+    if not guided:
+        params.denoiser.combine_denoised = _CombinedAtScale1(params.denoiser)
+
+
+class _CombinedAtScale1:
+    """Stands for the denoiser's `combine_denoised` during one unguided call, and has it combine with weight 1.
+
+    Extensions recombine the predictions there by region (Regional Prompter) or by direction (Neutral Prompt), so that
+    what they make of uncond = cond still moves with the weight. The hook that one has set is asked, and stays.
+    """
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        self.hook = vars(denoiser).get("combine_denoised")
+        self.combine = denoiser.combine_denoised
+        self.done = False
+
+    def __call__(self, x_out, conds_list, uncond, cond_scale):
+        cond_scale = cond_scale if self.done else 1.0  # Done: an extension has wrapped this one, and goes on asking it.
+        self.remove()
+        return self.combine(x_out, conds_list, uncond, cond_scale)
+
+    def remove(self):
+        self.done = True
+        if vars(self.denoiser).get("combine_denoised") is self:
+            del self.denoiser.combine_denoised
+            if self.hook is not None:
+                self.denoiser.combine_denoised = self.hook
 
 
 class _Rows:
@@ -191,7 +230,7 @@ def weighted_mean(preds, weights):
 
 
 # ----------------------------------------------------------------------------
-# Forge and reForge. The unet patcher's last conditioning modifier has the last word on cond, uncond and weight.
+# The Forges. The unet patcher's last conditioning modifier has the last word on cond, uncond and weight.
 
 
 def _patch_forge(params, inner, generation, guided):

@@ -1,5 +1,6 @@
 """Which evaluations are guided, and what that saves, as a small picture in HTML."""
 
+import html
 import math
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from ..noise_level import describe_cost
 
 WIDTH, HEIGHT = 600, 64
 GUIDED, UNGUIDED = "#f97316", "#9ca3af"
+WORK = "model runs"  # One image and one prompt through the network once: with CFG an evaluation takes two.
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Pass:
 
 
 def caption(passes, steps=None):
-    """One sentence on the guided evaluations and the share of the network's rows that is saved.
+    """One sentence on the guided evaluations and the share of the work that is saved.
 
     steps: those that the user asked for; where each is one evaluation, they are counted as steps.
     """
     guided = [g for one in passes for g in one.guided]
     rows, everywhere = (sum(getattr(p, name) for p in passes) for name in ("rows", "rows_everywhere"))
     unit = "step" if steps == len(guided) else "evaluation"
-    text = describe_cost(guided, rows, everywhere, unit, first=1)
+    text = describe_cost(guided, rows, everywhere, unit, first=1, work=WORK)
     return f"{text}." if any(guided) else f"{text}. The negative prompt and CFG have no effect."
 
 
@@ -72,3 +74,32 @@ def draw(passes, steps=None, note=""):
         f'style="width:100%;height:{HEIGHT}px;display:block">{"".join(bars)}</svg>'
         f'<div style="font-size:0.85em;opacity:0.85;margin-top:4px">{caption(passes, steps)} {note}</div></div>'
     )
+
+
+# ----------------------------------------------------------------------------
+# In its place.
+
+_OUTDATED = '<div class="guidance-interval-outdated">'
+
+
+def note(text):
+    """HTML for a sentence that says why there is no picture."""
+    return f"<div>{html.escape(text, quote=False)}</div>"
+
+
+def warning(text):
+    """HTML for a sentence on what is wrong, in the colours that the page's theme has for errors."""
+    return (
+        '<div class="guidance-interval-warning" role="alert" style="color:var(--error-text-color,#b91c1c);'
+        "border-left:4px solid var(--error-border-color,#dc2626);background:var(--error-background-fill,transparent);"
+        f'padding:6px 10px">{html.escape(text, quote=False)}</div>'
+    )
+
+
+def outdated(shown, text):
+    """HTML of the picture `shown`, faint because it is not that of the controls, and a sentence that says why."""
+    if shown and shown.startswith(_OUTDATED):
+        return shown
+    if not shown or "<svg" not in shown:
+        return note(text)
+    return f'{_OUTDATED}<div style="opacity:0.4">{shown}</div>{note(text)}</div>'

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -20,6 +21,10 @@ BOTH_PASSES = "Both passes"
 FIRST_PASS = "First pass only"
 PASSES = [BOTH_PASSES, FIRST_PASS]
 
+SMALLEST, LARGEST = (
+    1e-9,
+    1e6,
+)  # Of a bound: models are trained from about 0.002 up; 1e6 is t = 1 - 1e-6 of flow matching.
 CONTROLS = ("preset", "sigma_lo", "sigma_hi", "passes")  # In their order in the UI and in the API.
 
 # The keys in an image's parameters.
@@ -85,27 +90,43 @@ def bounds(sigma_lo, sigma_hi):
     if sigma_hi == 0 or isinstance(sigma_hi, str):
         sigma_hi = math.inf
     try:
-        return GuidanceInterval(sigma_lo, sigma_hi)
+        return within_reach(GuidanceInterval(sigma_lo, sigma_hi))
     except TypeError as e:  # An empty number box gives None.
         raise ValueError(str(e)) from e
 
 
-def slider(sigma_hi):
-    """`sigma_hi` as the slider shows it, which has no inf."""
+def within_reach(interval):
+    """Return `interval`, unless it has a bound that no model's noise reaches; raises ValueError."""
+    for name, value in (("sigma_lo", interval.sigma_lo), ("sigma_hi", interval.sigma_hi)):
+        if not (SMALLEST <= value <= LARGEST or value in (0, math.inf)):
+            opened = '0 or "inf" for no upper limit' if name == "sigma_hi" else "0"
+            raise ValueError(f"{name} must be between {SMALLEST:g} and {LARGEST:g}, or {opened}, got {value!r}")
+    return interval
+
+
+def number_box(sigma_hi):
+    """`sigma_hi` as its box shows it, which has no inf."""
     return 0.0 if math.isinf(sigma_hi) else sigma_hi
 
 
 def preset_of(sigma_lo, sigma_hi):
-    """The name of the preset with these bounds, or "custom"."""
+    """The name of the preset with these bounds, sigma_hi as in its box or inf, or "custom"."""
     for name in PRESETS:
         interval = get_preset(name).interval()
-        if (sigma_lo, sigma_hi) == (interval.sigma_lo, interval.sigma_hi):
+        if (sigma_lo, sigma_hi or math.inf) == (interval.sigma_lo, interval.sigma_hi):
             return name
     return CUSTOM
 
 
 # ----------------------------------------------------------------------------
-# Infotext: "Guidance interval: 0.28-5.42".
+# An interval as text: "0.28-5.42".
+
+_SAME = str.maketrans(
+    dict.fromkeys("\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}\N{WAVE DASH}~", "-") | {"\N{INFINITY}": "inf"}
+)
+_NUMBER = r"(-?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[-+]?\d+)?|inf(?:inity)?)"
+_INTERVAL = re.compile(rf"{_NUMBER}(?:\s*(?:-|;|to|\.\.+)\s*|\s*,\s+){_NUMBER}")
+_AROUND = "()[]\"'\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK} \t"
 
 
 def format_interval(interval):
@@ -121,35 +142,102 @@ def _format_number(value):
 
 
 def parse_interval(text):
-    """The GuidanceInterval of `0.28-5.42`, or None for "conditional only"; raises ValueError for anything else."""
-    plain = str(text).strip().casefold()
+    """The GuidanceInterval of `0.28-5.42`, or None for "conditional only"; raises ValueError for anything else.
+
+    Read too: decimal commas, exponents, other dashes and "to" in between, two numbers apart by a comma and a space,
+    and brackets or quotes around.
+    """
+    plain = _plain(text)
     if plain == CONDITIONAL_ONLY:
         return None
-    try:
-        sigma_lo, sigma_hi = (float(part) for part in re.split("[-\N{EN DASH}\N{EM DASH}]", plain.strip("([])")))
-    except ValueError as e:
-        raise ValueError(
-            f"{text!r} is not an interval; write it as sigma_lo-sigma_hi, like 0.28-5.42 or 0.28-inf"
-        ) from e
-    return GuidanceInterval(sigma_lo, sigma_hi)
+    found = _INTERVAL.fullmatch(plain)
+    if not found:
+        raise ValueError(f"{text!r} is not an interval; write it as sigma_lo-sigma_hi, like 0.28-5.42 or 0.28-inf")
+    return within_reach(GuidanceInterval(*(float(number.replace(",", ".")) for number in found.groups())))
+
+
+def _plain(text):
+    """Without what stands around, and with one kind of letters, spaces and dashes."""
+    plain = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().translate(_SAME).strip(_AROUND).split())
+    return re.sub(r"(\.\d+),(?=\d*\.)", r"\1, ", plain)  # Both have a point: this comma stands between them.
+
+
+# ----------------------------------------------------------------------------
+# Infotext: "Guidance interval: 0.28-5.42".
+
+# The host ends a value at its first comma. This one ends where another entry begins, or the text.
+_ENTRY = re.compile(
+    rf'(?:^|[,\s"])(?P<key>{"|".join(map(re.escape, KEYS))})\s*:\s*(?P<value>.*?)\s*(?=,\s*"?\w[\w /-]*:|,?$)'
+)
+
+
+class Entry(str):
+    """The last value of a key in an infotext, whole; `values` are all that it has."""
+
+    values = ()
+
+
+def entries(infotext):
+    """`{key: Entry}` of our keys in the last line of an infotext, where the host reads them."""
+    found = {}
+    for match in _ENTRY.finditer(infotext.rstrip().rpartition("\n")[2]):
+        values = (*getattr(found.get(match["key"]), "values", ()), match["value"])
+        found[match["key"]] = entry = Entry(match["value"])
+        entry.values = values
+    return found
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """What an image's parameters call for.
+
+    enabled, preset, sigma_lo, sigma_hi, passes: of the controls; None stands for "leave it as it is".
+    said: what could not be read, for the user, or "".
+    """
+
+    enabled: bool | None = None
+    preset: str | None = None
+    sigma_lo: float | None = None
+    sigma_hi: float | None = None
+    passes: str | None = None
+    said: str = ""
 
 
 def paste(params):
-    """The controls' values `(enabled, preset, sigma_lo, sigma_hi, passes)` that an image's parameters call for.
+    """The Pasted of an image's parameters, our keys of which may be of `entries`.
 
-    None stands for "leave the control as it is". Without our key the accordion is off, as it was when the
-    image was made; an entry that cannot be read is treated as absent.
+    Without our key the accordion is off, as it was when the image was made. What cannot be read changes nothing.
     """
+    text = params.get(INTERVAL_KEY)
+    if text is None:
+        return Pasted(enabled=False)
+    said = []
+    if len(set(getattr(text, "values", ()))) > 1:
+        said.append(f"The text has more than one {INTERVAL_KEY!r}; the last one, {text}, was taken.")
     try:
-        interval = parse_interval(params[INTERVAL_KEY])
-    except (KeyError, ValueError):
-        return False, None, None, None, None
-    passes = params.get(PASSES_KEY)
-    passes = passes if passes in PASSES else BOTH_PASSES
+        interval = _pasted_interval(text)
+    except ValueError as e:
+        return Pasted(said=f"{INTERVAL_KEY!r} of the pasted text was not taken, and nothing was changed: {e}.")
+    passes = params.get(PASSES_KEY, BOTH_PASSES).strip(_AROUND)
+    if passes not in PASSES:
+        said.append(f"{PASSES_KEY!r} must be {' or '.join(PASSES)}, got {passes!r}; {BOTH_PASSES} was taken.")
+        passes = BOTH_PASSES
+    said = " ".join(said)
     if interval is None:
-        return True, CONDITIONAL_ONLY, None, None, passes
+        return Pasted(True, CONDITIONAL_ONLY, None, None, passes, said)
     preset = preset_of(interval.sigma_lo, interval.sigma_hi)
-    return True, preset, interval.sigma_lo, slider(interval.sigma_hi), passes
+    return Pasted(True, preset, interval.sigma_lo, number_box(interval.sigma_hi), passes, said)
+
+
+def _pasted_interval(text):
+    """`parse_interval`; where that fails, of what stands before a comma and a space, as the host has it."""
+    try:
+        return parse_interval(text)
+    except ValueError:
+        before, comma, _ = text.partition(", ")
+        if not comma or not _INTERVAL.fullmatch(_plain(before)):
+            raise
+        return parse_interval(before)
 
 
 # ----------------------------------------------------------------------------

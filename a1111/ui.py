@@ -6,6 +6,7 @@ from modules.infotext_utils import PasteField
 
 from . import evaluations, picture
 from . import settings as st
+from .host import GuidanceIntervalError
 
 # The host's own components that decide what is evaluated: {tab: {elem_id: name in evaluations.passes}}.
 CONTROLS = {
@@ -16,7 +17,12 @@ CONTROLS = {
         "txt2img_scheduler": "scheduler",
         "txt2img_steps": "steps",
         "txt2img_cfg_scale": "cfg_scale",
+        "txt2img_width": "width",
+        "txt2img_height": "height",
         "txt2img_hr-checkbox": "hires",
+        "txt2img_hr_scale": "hr_scale",
+        "txt2img_hr_resize_x": "hr_resize_x",
+        "txt2img_hr_resize_y": "hr_resize_y",
         "txt2img_hires_steps": "hires_steps",
         "txt2img_denoising_strength": "hires_denoising_strength",
         "txt2img_hr_cfg": "hires_cfg_scale",
@@ -30,6 +36,8 @@ CONTROLS = {
         "img2img_sampling": "sampler",
         "img2img_scheduler": "scheduler",
         "img2img_steps": "steps",
+        "img2img_width": "width",
+        "img2img_height": "height",
         "img2img_cfg_scale": "cfg_scale",
         "img2img_image_cfg_scale": "image_cfg_scale",
         "img2img_denoising_strength": "denoising_strength",
@@ -44,7 +52,7 @@ def remember(component, elem_id):
     for tab, names in CONTROLS.items():
         if elem_id in names:
             _seen[tab][names[elem_id]] = component
-        elif elem_id == f"html_log_{tab}":  # Changes when an image is done; by then a model is loaded.
+        elif elem_id == f"generation_info_{tab}":  # Changes when an image is done; by then a model is loaded.
             for redraw in _redraw[tab]:
                 component.change(**redraw)
 
@@ -71,38 +79,46 @@ def controls(tab, name, opened=None):
         passes = gr.Radio(
             st.PASSES, value=st.BOTH_PASSES, label="Hires fix", elem_id=elem_id("passes"), visible=tab == "txt2img"
         )
-    with gr.Row():
-        sigma_lo = gr.Slider(
-            0, 10, value=interval.sigma_lo, step=0.01, label="sigma_lo: guidance ends", elem_id=elem_id("sigma_lo")
-        )
-        sigma_hi = gr.Slider(
-            0,
-            20,
+    with gr.Row():  # From high noise to low, as in the picture and in time.
+        sigma_hi = gr.Number(
             value=interval.sigma_hi,
             step=0.01,
-            label="sigma_hi: guidance begins (0: no upper limit)",
+            label="Guidance begins (sigma_hi)",
+            info="Noise level; 0: from the start.",
             elem_id=elem_id("sigma_hi"),
+        )
+        sigma_lo = gr.Number(
+            value=interval.sigma_lo,
+            step=0.01,
+            label="Guidance ends (sigma_lo)",
+            info="Noise level; 0: at the end.",
+            elem_id=elem_id("sigma_lo"),
         )
     hosts = _seen[tab]
     names = list(hosts)
     ours = [preset, sigma_lo, sigma_hi, passes]
 
     def draw(*values):
-        return picture_of(values[: len(ours)], dict(zip(names, values[len(ours) :], strict=True)))
+        *values, shown = values
+        return picture_of(values[: len(ours)], dict(zip(names, values[len(ours) :], strict=True)), shown)
 
-    html = gr.HTML(draw(*[c.value for c in [*ours, *hosts.values()]]), elem_id=elem_id("picture"))
+    def drawn_at_first():
+        """For each page that is opened, with the values that its controls begin with."""
+        return draw(*[c.value for c in [*ours, *hosts.values()]], None)
+
+    html = gr.HTML(drawn_at_first, elem_id=elem_id("picture"))
 
     def choose(name, lo, hi):
         if name not in st.PRESETS:
             return lo, hi
         chosen = st.get_preset(name).interval()
-        return chosen.sigma_lo, chosen.sigma_hi
+        return chosen.sigma_lo, st.number_box(chosen.sigma_hi)
 
     bounds = [sigma_lo, sigma_hi]
     preset.change(choose, [preset, *bounds], bounds, show_progress=False)
-    for bound in bounds:
-        bound.change(st.preset_of, bounds, preset, show_progress=False)
-    redraw = {"fn": draw, "inputs": [*ours, *hosts.values()], "outputs": html, "show_progress": False}
+    for bound in bounds:  # By the user alone: pasting sets the preset itself.
+        bound.input(st.preset_of, bounds, preset, show_progress=False)
+    redraw = {"fn": draw, "inputs": [*ours, *hosts.values(), html], "outputs": html, "show_progress": False}
     _redraw[tab].append(redraw)
     for component in [*ours, *([] if opened is None else [opened])]:
         component.change(**redraw)
@@ -111,28 +127,80 @@ def controls(tab, name, opened=None):
     return ours
 
 
-def picture_of(ours, hosts):
+def picture_of(ours, hosts, shown=None):
     """The picture's HTML, or in its place the reason why there is none.
 
-    ours: the values of our controls; hosts: of the host's, by the names in CONTROLS.
+    ours: the values of our controls; hosts: of the host's, by the names in CONTROLS; shown: the HTML there is.
     """
     try:
         settings = st.from_controls(*ours)
+    except ValueError as e:
+        return picture.warning(str(e))
+    try:
         passes = evaluations.passes(hosts, settings)
-    except (ValueError, evaluations.Unknown) as e:
-        return f"<div>{e}</div>"
+    except evaluations.Busy as e:
+        return picture.outdated(shown, str(e))
+    except evaluations.Unknown as e:
+        return picture.note(str(e))
     savers = shared.opts.data.get("skip_early_cond", 0) or shared.opts.data.get("s_min_uncond", 0)
     return picture.draw(passes, hosts["steps"], "NGMS or Skip Early CFG is on and may save more." if savers else "")
 
 
-def paste_fields(enabled, components):
-    """infotext_fields of the accordion: what "read generation parameters" sets each control to."""
+# ----------------------------------------------------------------------------
+# Pasting: "read generation parameters", the gallery's "Send to", the API's `infotext`.
 
-    def field(component, index):
+
+def on_infotext_pasted(infotext, params):
+    """Give our entries of `params` whole, which the host has cut at their first comma."""
+    params.update({key: entry for key, entry in st.entries(infotext).items() if key in params})
+
+
+class _Field(str):
+    """A paste field's name, by which the gallery's "Send to" knows it, and the function that reads parameters."""
+
+    def __new__(cls, name, function):
+        field = super().__new__(cls, name)
+        field.function = function
+        return field
+
+    def __call__(self, params):
+        return self.function(params)
+
+
+FIELDS = {  # Name of the field: what it is of `settings.Pasted`, in the order of the accordion and its controls.
+    st.INTERVAL_KEY: "enabled",
+    f"{st.INTERVAL_KEY} preset": "preset",
+    f"{st.INTERVAL_KEY} sigma_lo": "sigma_lo",
+    f"{st.INTERVAL_KEY} sigma_hi": "sigma_hi",
+    st.PASSES_KEY: "passes",
+}
+NOTE_FIELD = f"{st.INTERVAL_KEY} note"
+
+
+def note(tab):
+    """Where it is said, above the accordion, which may be closed, what of a pasted text could not be read."""
+    return gr.HTML("", visible=False, elem_id=f"{tab}_guidance_interval_note")
+
+
+def paste_fields(enabled, components, note):
+    """infotext_fields of the accordion: what pasting sets each control to, and what the note says."""
+    for component in components[:3]:  # What the user does by hand has the last word.
+        component.input(lambda: gr.update(visible=False), None, note, show_progress=False)
+
+    def field(component, name, attribute):
         def value(params):
-            pasted = st.paste(params)[index]
-            return gr.update() if pasted is None else pasted
+            skipped = getattr(shared.opts, "infotext_skip_pasting", ())
+            pasted = st.paste(params)
+            if pasted.said and not isinstance(params[st.INTERVAL_KEY], st.Entry):  # The API, which shows no note.
+                raise GuidanceIntervalError(pasted.said)
+            value = getattr(pasted, attribute)
+            return gr.update() if value is None or name in skipped or st.INTERVAL_KEY in skipped else value
 
-        return PasteField(component, value)
+        return PasteField(component, _Field(name, value))
 
-    return [field(c, i) for i, c in enumerate([enabled, *components])]
+    def say(params):
+        said = st.paste(params).said
+        return gr.update(value=picture.warning(said) if said else "", visible=bool(said))
+
+    controls = [field(c, *item) for c, item in zip([enabled, *components], FIELDS.items(), strict=True)]
+    return [*controls, PasteField(note, _Field(NOTE_FIELD, say))]

@@ -1,4 +1,4 @@
-"""Guidance Interval for Automatic1111, Forge and reForge: a dropdown script and an accordion over one patch."""
+"""Guidance Interval for Automatic1111 and the Forges: a dropdown script and an accordion over one patch."""
 
 import importlib
 import importlib.util
@@ -49,10 +49,11 @@ class Accordion(scripts.Script):
 
     def ui(self, is_img2img):
         tab = "img2img" if is_img2img else "txt2img"
+        note = ui.note(tab)
         with InputAccordion(False, label=settings.TITLE, elem_id=f"{tab}_guidance_interval") as enabled:
             components = ui.controls(tab, "guidance_interval", enabled)
-        self.infotext_fields = ui.paste_fields(enabled, components)
-        self.paste_field_names = list(settings.KEYS)
+        self.infotext_fields = ui.paste_fields(enabled, components, note)
+        self.paste_field_names = [*ui.FIELDS, ui.NOTE_FIELD]
         return [enabled, *components]
 
     def process(self, p, *args):
@@ -91,3 +92,4 @@ class Dropdown(scripts.Script):
 
 script_callbacks.on_cfg_denoiser(patch.on_cfg_denoiser)
 script_callbacks.on_before_ui(host.add_axes)
+script_callbacks.on_infotext_pasted(ui.on_infotext_pasted)

@@ -1,6 +1,8 @@
 """What of the A1111 extension needs no web UI: interval logic, infotext, control order, axes, rows, picture."""
 
+import functools
 import math
+import re
 import subprocess
 import sys
 import types
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 ROOT = Path(guidance_interval.__file__).parent
-positive = some.floats(0, 1e6, allow_nan=False)
+positive = some.just(0.0) | some.floats(st.SMALLEST, st.LARGEST)
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_conditional_only_survives_the_infotext():
     for passes in st.PASSES:
         text = st.Settings(None, passes).infotext(hires=True)
         assert text["Guidance interval"] == "conditional only"
-        assert st.paste(text) == (True, "conditional only", None, None, passes)
+        assert st.paste(text) == st.Pasted(True, "conditional only", None, None, passes)
 
 
 def test_open_ends_and_small_numbers_survive():
@@ -118,14 +120,124 @@ def test_open_ends_and_small_numbers_survive():
 
 def test_paste_restores_every_control_and_switches_off_without_our_key(settings):
     first = st.from_controls("sdxl", 0, 1, st.FIRST_PASS)
-    assert st.paste(first.infotext(hires=True)) == (True, "sdxl", 0.28, 5.42, st.FIRST_PASS)
+    assert st.paste(first.infotext(hires=True)) == st.Pasted(True, "sdxl", 0.28, 5.42, st.FIRST_PASS)
     other = st.from_controls("custom", 0.3, 5, st.BOTH_PASSES)
-    assert st.paste(other.infotext(hires=True)) == (True, "custom", 0.3, 5.0, st.BOTH_PASSES)
+    assert st.paste(other.infotext(hires=True)) == st.Pasted(True, "custom", 0.3, 5.0, st.BOTH_PASSES)
     opened = st.from_controls("custom", 0.28, "inf", st.BOTH_PASSES)
-    assert st.paste(opened.infotext(hires=True)) == (True, "custom", 0.28, 0.0, st.BOTH_PASSES)
-    assert st.from_controls(*st.paste(opened.infotext(hires=True))[1:]) == opened
-    assert st.paste({"Steps": "20"})[0] is False
-    assert st.paste({"Guidance interval": "much"})[0] is False
+    pasted = st.paste(opened.infotext(hires=True))
+    assert pasted == st.Pasted(True, "custom", 0.28, 0.0, st.BOTH_PASSES)
+    assert st.from_controls(pasted.preset, pasted.sigma_lo, pasted.sigma_hi, pasted.passes) == opened
+    assert st.paste({"Steps": "20"}) == st.Pasted(enabled=False)
+
+
+def pasted(value):
+    """What a pasted text calls for whose last line has this value."""
+    line = f"Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Guidance interval: {value}, Version: v1.9"
+    return st.paste(st.entries(f"a cat, Guidance interval: 9-10\nNegative prompt: a dog\n{line}"))
+
+
+@pytest.mark.parametrize(
+    ("value", "lo", "hi"),
+    [
+        ("0,28-5,42", 0.28, 5.42),
+        ("0.28-5,42", 0.28, 5.42),
+        ("(0.28, 5.42]", 0.28, 5.42),
+        ("(0.28,5.42]", 0.28, 5.42),
+        ("[0,28; 5,42]", 0.28, 5.42),
+        ('0.28-5.42"', 0.28, 5.42),
+        ('"0.28-5.42', 0.28, 5.42),
+        ('"0.28-5.42"', 0.28, 5.42),
+        ("\N{LEFT DOUBLE QUOTATION MARK}0.28-5.42\N{RIGHT DOUBLE QUOTATION MARK}", 0.28, 5.42),
+        ("0.28 to 5.42", 0.28, 5.42),
+        ("0.28 TO 5.42", 0.28, 5.42),
+        ("0.28..5.42", 0.28, 5.42),
+        ("0.28 \N{EM DASH} 5.42", 0.28, 5.42),
+        ("0.28\N{MINUS SIGN}5.42", 0.28, 5.42),
+        ("0.28~5.42", 0.28, 5.42),
+        ("\N{FULLWIDTH DIGIT ZERO}.28\N{FULLWIDTH TILDE}5.42", 0.28, 5.42),
+        (".28-5.42", 0.28, 5.42),
+        ("0.28-5.42, a word", 0.28, 5.42),
+        ("0, 5", 0.0, 5.0),
+        ("1e-3-5", 0.001, 5.0),
+        ("1E-3-1E+1", 0.001, 10.0),
+        ("0.28-80.8", 0.28, 80.8),
+        ("0.28-\N{INFINITY}", 0.28, 0.0),
+        ("0.28-Infinity", 0.28, 0.0),
+    ],
+)
+def test_an_odd_interval_is_read(value, lo, hi):
+    preset = "sdxl" if (lo, hi) == (0.28, 5.42) else "custom"
+    assert pasted(value) == st.Pasted(True, preset, lo, hi, st.BOTH_PASSES)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("5.42-0.28", "swap them"),
+        ("0.28--1", "sigma_hi must not be negative, got -1.0"),
+        ("0,5", "'0,5' is not an interval; write it as sigma_lo-sigma_hi"),
+        ("0.28-", "is not an interval"),
+        ("0.28", "is not an interval"),
+        ("1-2-3", "is not an interval"),
+        ("much", "'much' is not an interval"),
+        ("much, more", "'much, more' is not an interval"),
+        ("", "is not an interval"),
+        ("nan-5", "is not an interval"),
+        ("1e300-1e308", "sigma_lo must be between 1e-09 and 1e+06, or 0"),
+    ],
+)
+def test_an_interval_that_cannot_be_read_changes_nothing_and_is_told(value, why):
+    found = pasted(value)
+    assert why in found.said and "nothing was changed" in found.said
+    assert found == st.Pasted(said=found.said), "neither off nor another interval"
+
+
+def test_a_pasted_text_that_names_two_intervals_says_which_was_taken():
+    found = pasted("0.28-5.42, Guidance interval: 1-2")
+    assert found == st.Pasted(True, "custom", 1.0, 2.0, st.BOTH_PASSES, found.said)
+    assert "more than one 'Guidance interval'; the last one, 1-2, was taken" in found.said
+    assert pasted("1-2, Guidance interval: 1-2").said == ""
+
+
+def test_an_interval_is_read_beside_a_quote_that_is_never_closed():
+    shuffled = (
+        'Steps: 20, VAE: x.ckpt, NGMS: 2, A: 88f5cd34154c", Guidance interval: 0.28-5.42, Seed: 1, "B: e2973254e1ad", '
+        'Size: 512x704, "C: 20524fad3455'
+    )
+    assert st.paste(st.entries(shuffled)).preset == "sdxl"
+    assert st.paste(st.entries('Steps: 20, "A: 1", Guidance interval: 1-2')).sigma_hi == 2
+
+
+def test_passes_that_cannot_be_read_are_told():
+    found = pasted("0.28-5.42, Guidance interval passes: First pass only")
+    assert found == st.Pasted(True, "sdxl", 0.28, 5.42, st.FIRST_PASS)
+    found = pasted("0.28-5.42, Guidance interval passes: third")
+    assert found.passes == st.BOTH_PASSES and "got 'third'; Both passes was taken" in found.said
+
+
+@pytest.mark.parametrize("name", ["sigma_lo", "sigma_hi"])
+@pytest.mark.parametrize("value", [1e-300, st.LARGEST * 1.01, 1e300])
+def test_a_bound_that_no_noise_reaches_is_refused(name, value):
+    lo, hi = (value, 1e308) if name == "sigma_lo" else (0.0, value)
+    with pytest.raises(ValueError, match=f"{name} must be between 1e-09 and 1e[+]06.*got {re.escape(repr(value))}"):
+        st.from_controls("custom", lo, hi, st.BOTH_PASSES)
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """A preset of the user's own whose upper end is open."""
+    import dataclasses
+
+    own = dataclasses.replace(get_preset("sdxl"), name="mine", sigma_lo=0.5, sigma_hi=math.inf)
+    monkeypatch.setitem(st.PRESETS, "mine", own)
+    known = st.get_preset
+    monkeypatch.setattr(st, "get_preset", lambda name: own if name == "mine" else known(name))
+
+
+def test_a_preset_with_an_open_end_is_known_by_its_box(mine):
+    assert st.preset_of(0.5, 0) == st.preset_of(0.5, math.inf) == "mine"
+    assert st.number_box(math.inf) == 0 and st.preset_of(0.5, 1e6) == "custom"
+    assert pasted("0.5-inf") == st.Pasted(True, "mine", 0.5, 0.0, st.BOTH_PASSES)
 
 
 # ----------------------------------------------------------------------------
@@ -194,6 +306,15 @@ class Inner(torch.nn.Module):
         return x * cond["c_crossattn"][0].mean((1, 2))[:, None] + cond["c_concat"][0] + sigma[:, None]
 
 
+def combine_denoised(x_out, conds_list, uncond, cond_scale):
+    """Automatic1111's."""
+    denoised = x_out[-uncond.shape[0] :].clone()
+    for i, conds in enumerate(conds_list):
+        for row, weight in conds:
+            denoised[i] += (x_out[row] - x_out[-uncond.shape[0] :][i]) * (weight * cond_scale)
+    return denoised
+
+
 def announce(weights, uncond_rows, guided):
     """`(inner, params, generation)` as A1111 has them at a call whose images join prompts of these weights."""
     prompts = sum(map(len, weights))
@@ -206,7 +327,7 @@ def announce(weights, uncond_rows, guided):
     denoiser = types.SimpleNamespace(
         inner_model=inner,
         sampler=sampler,
-        combine_denoised=None,
+        combine_denoised=combine_denoised,
         p=types.SimpleNamespace(guidance_interval=run, is_hr_pass=False),
     )
     inner.sigmas = torch.tensor([0.03, 14.6])
@@ -293,6 +414,123 @@ def test_an_interrupted_call_leaves_nothing_for_the_next():
     assert "forward" not in vars(inner)
 
 
+# ----------------------------------------------------------------------------
+# What extensions make of the predictions, which they recombine in `combine_denoised`.
+
+
+def rows_of(weights):
+    """The host's conds_list: `[[(row, weight), ...] of each image]`."""
+    numbered = iter(range(sum(map(len, weights))))
+    return [[(next(numbered), weight) for weight in image] for image in weights]
+
+
+def combined(guided, weights=((1.0,),), hook=None, scale=7.0):
+    """`(denoised, cond rows, denoiser)` of one call, with the hook that an extension has set on the denoiser."""
+    inner, params, _ = announce([list(image) for image in weights], len(weights), guided)
+    denoiser = params.denoiser
+    if hook is not None:
+        denoiser.combine_denoised = functools.partial(hook, original_function=denoiser.combine_denoised)
+    patch.on_cfg_denoiser(params)
+    x_out = host_asks(inner, params, [len(params.x)])
+    out = denoiser.combine_denoised(x_out, rows_of(weights), params.text_uncond, scale)
+    return out, x_out[: len(params.text_cond)], denoiser
+
+
+def by_region(x_out, conds_list, uncond, cond_scale, original_function):
+    """As Regional Prompter in Latent mode: a prompt moves away from uncond in its own half alone."""
+    x_out = x_out.clone()
+    for conds in conds_list:
+        for i, (row, _) in enumerate(conds):
+            others = [0] if i else [1, 2]
+            x_out[row, others] = x_out[-1, others]
+    return original_function(x_out, conds_list, uncond, cond_scale)
+
+
+def perpendicular(x_out, conds_list, uncond, cond_scale, original_function):
+    """As Neutral Prompt's AND_PERP: what of the second prompt is perpendicular to the first is added."""
+    first, second = (x_out[row] - x_out[-1] for row, _ in conds_list[0])
+    denoised = original_function(x_out, [conds_list[0][:1]], uncond, cond_scale)
+    across = second - first * (second @ first) / (first @ first)
+    return denoised + across * 0.5 * cond_scale
+
+
+def salt(x_out, conds_list, uncond, cond_scale, original_function):
+    """As Neutral Prompt's AND_SALT: the second prompt acts where it moves further than the first."""
+    first, second = (x_out[row] - x_out[-1] for row, _ in conds_list[0])
+    denoised = original_function(x_out, [conds_list[0][:1]], uncond, cond_scale)
+    return denoised + torch.where(second.abs() > first.abs(), second - first, 0) * 0.5 * cond_scale
+
+
+TWO = ((1.0, 1.0),)
+
+
+def test_regions_outside_are_the_conditional_predictions_of_each():
+    out, cond, _ = combined(False, TWO, by_region)
+    expected = torch.cat([cond[0, :1], cond[1, 1:]])
+    torch.testing.assert_close(out[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_perpendicular_prompts_outside_are_the_first_ones_prediction():
+    out, cond, _ = combined(False, TWO, perpendicular)
+    torch.testing.assert_close(out[0], cond[0], rtol=1e-5, atol=1e-5)
+
+
+def test_salient_prompts_outside_do_not_grow_with_the_weight():
+    torch.manual_seed(0)
+    out, *_ = combined(False, TWO, salt)
+    torch.manual_seed(0)
+    again, cond, _ = combined(False, TWO, salt, scale=100.0)
+    assert torch.equal(out, again)
+    low, high = cond.amin(0), cond.amax(0)
+    assert ((out[0] >= low - 1e-5) & (out[0] <= high + 1e-5)).all(), "between the two predictions"
+
+
+def test_and_outside_is_the_mean_to_the_last_bits():
+    out, cond, _ = combined(False, ((1.2, 0.6, 0.3),), scale=30.0)
+    expected = (cond * torch.tensor([1.2, 0.6, 0.3])[:, None]).sum(0) / 2.1
+    torch.testing.assert_close(out[0], expected, rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("hook", [None, by_region, perpendicular])
+def test_a_hook_of_another_extension_survives(hook):
+    _, _, denoiser = combined(False, TWO, hook)
+    after = denoiser.combine_denoised
+    assert after is combine_denoised if hook is None else after.func is hook
+    inside, _, denoiser = combined(True, TWO, hook)
+    assert denoiser.combine_denoised is combine_denoised if hook is None else denoiser.combine_denoised.func is hook
+    assert not torch.equal(inside, combined(True, TWO, hook, scale=1.0)[0]), "guided: the user's weight"
+
+
+def test_a_class_keeps_its_method_and_no_attribute_stays():
+    class Host(torch.nn.Module):
+        def combine_denoised(self, x_out, conds_list, uncond, cond_scale):
+            return cond_scale
+
+    host = Host()
+    host.combine_denoised = patch._CombinedAtScale1(host)
+    assert [host.combine_denoised(None, None, None, 7.0) for _ in range(2)] == [1.0, 7.0]
+    assert "combine_denoised" not in vars(host)
+
+
+def test_a_hook_set_over_ours_keeps_working():
+    denoiser = types.SimpleNamespace(combine_denoised=lambda x_out, conds_list, uncond, cond_scale: cond_scale)
+    denoiser.combine_denoised = ours = patch._CombinedAtScale1(denoiser)
+    denoiser.combine_denoised = theirs = lambda *args: ours(*args) + 100
+    assert [denoiser.combine_denoised(None, None, None, 7.0) for _ in range(2)] == [101.0, 107.0]
+    assert denoiser.combine_denoised is theirs
+
+
+def test_a_call_that_never_combined_leaves_no_weight_of_1_to_the_next():
+    """Interrupted, or InstructPix2Pix, which combines in another place."""
+    _, params, run = announce([[1.0]], 1, guided=False)
+    patch.on_cfg_denoiser(params)
+    run.settings = st.Settings(GuidanceInterval())
+    patch.on_cfg_denoiser(params)
+    x_out = torch.tensor([[2.0], [1.0]])
+    assert params.denoiser.combine_denoised(x_out, [[(0, 1.0)]], params.text_uncond, 7.0).item() == 8
+    assert params.denoiser.combine_denoised is combine_denoised
+
+
 def test_without_a_run_nothing_is_touched():
     inner, params, _ = announce([[1.0]], 1, guided=False)
     del params.denoiser.p.guidance_interval
@@ -344,6 +582,18 @@ def test_flow_times_become_noise_levels():
         assert patch.noise_levels_of(model)(torch.tensor([0.5, 1.0])).tolist() == [1.0, math.inf]
 
 
+@pytest.mark.parametrize("last", [0.999, 1.0, 1.0000001, 1.001])
+def test_a_flow_model_is_one_whatever_its_shift_rounds_to(last):
+    sigmas = torch.linspace(0.001, last, 1000)
+    assert patch.noise_levels_of(forge(sigmas=sigmas))(torch.tensor([0.5, last]))[0] == 1.0
+    assert patch.noise_levels_of(forge(sigmas=sigmas))(torch.tensor([1.0000001])).item() == math.inf
+
+
+def test_a_model_of_low_noise_is_no_flow_model():
+    sigma = torch.tensor([0.5])
+    assert patch.noise_levels_of(forge(sigmas=torch.linspace(0.002, 2.5, 10)))(sigma) is sigma
+
+
 def test_noise_levels_are_relative_to_the_scale_of_the_models_data():
     sigma = torch.tensor([0.5, 2.71])
     assert patch.noise_levels_of(forge(sigma_data=0.5))(sigma).tolist() == pytest.approx([1.0, 5.42])
@@ -388,7 +638,7 @@ def test_the_picture_tells_steps_and_saving():
     sigmas = [14.6, 5.0, 1.0, 0.3, 0.1]
     html = drawn(sigmas, GuidanceInterval(0.28, 5.42), 5)
     assert html.count(f'fill="{picture.GUIDED}"') == 3 and html.count("<rect") == 5
-    assert "3 of 5 steps are guided (2 to 4): 8 network rows per image instead of 10, 20% saved" in html
+    assert "3 of 5 steps are guided (2 to 4): 8 model runs per image instead of 10, 20% saved" in html
     assert "None of the 5 steps is guided" in drawn(sigmas, GuidanceInterval(50, 80), 5)
     assert "1 of 1 steps is guided (1)" in drawn([1.0], GuidanceInterval(), 1)
 
@@ -403,13 +653,13 @@ def test_the_picture_counts_evaluations_where_they_are_not_the_steps():
 
 def test_the_picture_counts_and_prompts_and_passes():
     html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, cond=2)
-    assert "5 network rows per image instead of 6" in html
+    assert "5 model runs per image instead of 6" in html
     html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, uncond=2)
-    assert "4 network rows per image instead of 6" in html
+    assert "4 model runs per image instead of 6" in html
     html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, uncond=0)
-    assert "2 network rows per image instead of 2, 0% saved" in html
+    assert "2 model runs per image instead of 2, 0% saved" in html
     both = [picture.Pass([5.0, 0.1], [True, False]), picture.Pass([1.0], [True], cond=2)]
-    assert "2 of 3 evaluations are guided (1 to 3, with gaps): 6 network rows" in picture.draw(both, 2)
+    assert "2 of 3 evaluations are guided (1 to 3, with gaps): 6 model runs" in picture.draw(both, 2)
 
 
 def test_the_picture_of_a_flow_model_starts_at_infinity():

@@ -6,6 +6,7 @@ The real ones are tests/webui. Here the samplers are k-diffusion's, and the netw
 import copy
 import importlib.util
 import inspect
+import re
 import sys
 import threading
 import types
@@ -27,25 +28,46 @@ SIGMAS = torch.linspace(-3.5, 2.68, 1000).exp()  # 0.03 to 14.6
 
 
 class Component:
-    """Keeps what it is made with; a change listener can be `fire`d."""
+    """Keeps what it is made with. `fire` is a change of its value, `by_hand` one that the user makes."""
 
     def __init__(self, value=None, *args, elem_id=None, **kwargs):
-        self.value = value
+        self.load = value if callable(value) else None  # A function is asked once now, and by each page that is opened.
+        self.value = value() if callable(value) else value
         self.elem_id = elem_id
         self.label = kwargs.get("label")
-        self.listeners = []
+        self.visible = kwargs.get("visible", True)
+        self.listeners, self.listeners_by_hand = [], []
 
     def change(self, fn, inputs, outputs, show_progress=True):
-        self.listeners.append((fn, inputs if isinstance(inputs, list) else [inputs], outputs))
+        self.listeners.append((fn, _listed(inputs), outputs))
 
     blur = change
 
+    def input(self, fn, inputs, outputs, show_progress=True):
+        self.listeners_by_hand.append((fn, _listed(inputs), outputs))
+
+    def by_hand(self, value):
+        self.value = value
+        self._tell(self.listeners_by_hand)
+        self.fire()
+
     def fire(self):
-        for fn, inputs, outputs in self.listeners:
+        self._tell(self.listeners)
+
+    def _tell(self, listeners):
+        for fn, inputs, outputs in listeners:
             out = fn(*[i.value for i in inputs])
             outputs, out = (outputs, out) if isinstance(outputs, list) else ([outputs], [out])
             for component, value in zip(outputs, out, strict=True):
-                component.value = value
+                component.take(value)
+
+    def take(self, value):
+        """A value, or an update of it, comes from an event; if it is another one, that is a change."""
+        update = value if isinstance(value, dict) else {"value": value}
+        self.visible = update.get("visible", self.visible)
+        if update.get("value", self.value) != self.value:
+            self.value = update["value"]
+            self.fire()
 
     def __enter__(self):
         return self
@@ -60,9 +82,8 @@ class Choice(Component):
         self.choices = choices
 
 
-class Slider(Component):
-    def __init__(self, minimum, maximum, value=None, step=None, **kwargs):
-        super().__init__(value, **kwargs)
+def _listed(inputs):
+    return inputs if isinstance(inputs, list) else [] if inputs is None else [inputs]
 
 
 # ----------------------------------------------------------------------------
@@ -136,9 +157,14 @@ class Sampler:
         self.host = host
 
     def get_sigmas(self, p, steps):
-        from k_diffusion.sampling import get_sigmas_karras
+        from k_diffusion import sampling
 
-        return get_sigmas_karras(steps, SIGMAS[0].item(), SIGMAS[-1].item())
+        scheduler = p.hr_scheduler if p.is_hr_pass else p.scheduler
+        if scheduler == "Flux2":  # Forge Neo's: by the size of the image.
+            size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if p.is_hr_pass else (p.width, p.height)
+            return torch.linspace(p.sd_model.top * size[0] * size[1] / 512**2, 0, steps + 1)
+        function = sampling.get_sigmas_exponential if scheduler == "Exponential" else sampling.get_sigmas_karras
+        return function(steps, SIGMAS[0].item(), (self.model_wrap.sigmas[-1] * self.host.model.alphas_cumprod).item())
 
     def initialize(self, p):
         self.model_wrap_cfg.p = p
@@ -168,6 +194,8 @@ class Processing:
     """modules.processing.StableDiffusionProcessing."""
 
     enable_hr = is_hr_pass = is_api = False
+    scheduler = hr_scheduler = "Karras"
+    width = height = 512
     batch_size = n_iter = 1
     cfg_scale = 7.0
     s_churn, s_tmax = 0.0, float("inf")
@@ -188,6 +216,10 @@ class Processing:
 
     def comment(self, text):
         self.comments.append(text)
+
+    def calculate_target_resolution(self):
+        enlarged = self.hr_resize_x or self.width * self.hr_scale, self.hr_resize_y or self.height * self.hr_scale
+        self.hr_upscale_to_x, self.hr_upscale_to_y = map(int, enlarged)
 
     def init(self, *args):
         pass
@@ -223,7 +255,7 @@ class Host(types.SimpleNamespace):
         from k_diffusion import sampling
 
         super().__init__(reported=[], saved=[], always_visible=object(), sampling=types.SimpleNamespace(torch=torch))
-        self.callbacks = {"cfg_denoiser": [], "before_ui": []}
+        self.callbacks = {"cfg_denoiser": [], "before_ui": [], "infotext_pasted": []}
         self.functions = {"Euler": sampling.sample_euler, "Heun": sampling.sample_heun}
         self.functions |= {"Euler a": sampling.sample_euler_ancestral, "DPM++ 2M": sampling.sample_dpmpp_2m}
         self.shared = types.SimpleNamespace(
@@ -235,15 +267,15 @@ class Host(types.SimpleNamespace):
                 apply_styles_to_prompt=lambda prompt, styles: " AND ".join([prompt, *styles])
             ),
         )
-        self.model = types.SimpleNamespace(alphas_cumprod=None, is_sdxl=False)
+        self.model = types.SimpleNamespace(alphas_cumprod=torch.ones(()), is_sdxl=False, top=14.6)
         self.lock = threading.Lock()
         script = type("Script", (), {"show": lambda self, is_img2img: True})
-        update = types.SimpleNamespace(update=lambda: "an update of nothing")
+        update = types.SimpleNamespace(update=lambda **changed: changed)
         self.modules = {
             "gradio": module(
                 Dropdown=Choice,
                 Radio=Choice,
-                Slider=Slider,
+                Number=Component,
                 HTML=Component,
                 Checkbox=Component,
                 Row=Component,
@@ -255,15 +287,26 @@ class Host(types.SimpleNamespace):
             "modules.devices": module(device="cpu"),
             "modules.call_queue": module(queue_lock=self.lock),
             "modules.prompt_parser": module(get_multicond_prompt_list=self.multicond),
-            "modules.sd_models": module(model_data=types.SimpleNamespace(sd_model=self.model)),
+            "modules.extra_networks": module(parse_prompts=parse_prompts),
+            "modules.sd_models": module(
+                model_data=types.SimpleNamespace(sd_model=self.model),
+                apply_alpha_schedule_override=self.apply_alpha_schedule_override,
+            ),
             "modules.sd_samplers": module(create_sampler=self.create_sampler),
             "modules.sd_samplers_common": module(sampling=self.sampling, setup_img2img_steps=setup_img2img_steps),
             "modules.script_callbacks": module(
-                on_cfg_denoiser=self.callbacks["cfg_denoiser"].append, on_before_ui=self.callbacks["before_ui"].append
+                on_cfg_denoiser=self.callbacks["cfg_denoiser"].append,
+                on_before_ui=self.callbacks["before_ui"].append,
+                on_infotext_pasted=self.callbacks["infotext_pasted"].append,
             ),
-            "modules.scripts": module(Script=script, AlwaysVisible=self.always_visible, scripts_data=[]),
+            "modules.scripts": module(
+                Script=script,
+                AlwaysVisible=self.always_visible,
+                scripts_data=[],
+                scripts_txt2img=module(alwayson_scripts=[Comments()]),
+            ),
             "modules.ui_components": module(InputAccordion=lambda value, **kwargs: Component(value, **kwargs)),
-            "modules.infotext_utils": module(PasteField=lambda component, function: (component, function)),
+            "modules.infotext_utils": module(PasteField=lambda component, target: (component, target)),
             "modules.images": module(
                 GridAnnotation=lambda text="": text,
                 image_grid=lambda images, rows: Image([i.text for i in images], rows),
@@ -271,9 +314,17 @@ class Host(types.SimpleNamespace):
                 save_image=lambda image, path, name, **kwargs: self.saved.append((image, kwargs)),
             ),
             "modules.processing": module(
-                Processed=Processed, process_images=self.process_images, fix_seed=lambda p: None
+                Processed=Processed,
+                StableDiffusionProcessingTxt2Img=Processing,
+                process_images=self.process_images,
+                fix_seed=lambda p: None,
+                rescale_zero_terminal_snr_sigmas=lambda sigmas: torch.cat([sigmas[:-1], torch.tensor([4518.0])]),
             ),
         }
+
+    def apply_alpha_schedule_override(self, model):
+        """modules.sd_models': the model's, by an option; 1 where it is off."""
+        model.alphas_cumprod = torch.tensor(self.shared.opts.data.get("alphas", 1.0))
 
     def multicond(self, prompts):
         return [[(i, 1.0) for i, _ in enumerate(p.split("AND"))] for p in prompts], None, None
@@ -341,6 +392,22 @@ def setup_img2img_steps(p, steps=None):
     return p.steps, int(min(p.denoising_strength, 0.999) * p.steps)
 
 
+def parse_prompts(prompts):
+    """modules.extra_networks': without `<lora:...>`."""
+    return [re.sub("<[^>]*>", "", prompt) for prompt in prompts], {}
+
+
+class Comments:
+    """modules.processing_scripts.comments: takes out the rest of a line after #."""
+
+    def title(self):
+        return "Comments"
+
+    def process(self, p):
+        p.all_prompts = [re.sub("#[^\n]*", "", prompt) for prompt in p.all_prompts]
+        p.all_negative_prompts = [re.sub("#[^\n]*", "", prompt) for prompt in p.all_negative_prompts]
+
+
 def module(**contents):
     return types.SimpleNamespace(**contents)
 
@@ -398,7 +465,7 @@ def test_the_interval_acts_and_is_written(host):
     p, limited = generate(host, ON)
     assert not torch.equal(samples(stock), samples(limited))
     assert limited.infotexts == [{"Guidance interval": "0.28-5.42"}] and stock.infotexts == [{}]
-    sigmas = Sampler.get_sigmas(None, p, 8)[:-1]
+    sigmas = p.sampler.get_sigmas(p, 8)[:-1]
     assert p.guidance_interval_rows == p.sampler.model_wrap.rows == 8 + sum(0.28 < s <= 5.42 for s in sigmas.tolist())
     assert not hasattr(p, "guidance_interval") and not host.reported
     assert torch.equal(samples(generate(host)[1]), samples(stock))
@@ -599,12 +666,13 @@ def test_each_column_of_the_comparison_can_be_made_again(host, prompt):
     (_, columns), cells = processed.images[0].text, processed.images[1:]
     assert [c[0] for c in columns] == ["CFG everywhere", "Interval (0.28, 5.42]", "Conditional only"]
     prompts = prompt.count("AND") + 1
-    assert columns[2][1].endswith(f" s, {8 * 2 * prompts} rows")
-    assert columns[0][1].endswith(f" s, {8 * 2 * (prompts + 1)} rows")
+    assert columns[2][1].endswith(f" s, {8 * 2 * prompts} model runs")
+    assert columns[0][1].endswith(f" s, {8 * 2 * (prompts + 1)} model runs")
     paste = sys.modules["guidance_interval.a1111.settings"].paste
     for i, text in enumerate(processed.infotexts[1:]):
-        enabled, preset, lo, hi, passes = paste(text)
-        accordion = (enabled, preset or "custom", lo or 0, hi or 0, passes or "Both passes")
+        found = paste(text)
+        controls = (found.preset or "custom", found.sigma_lo or 0, found.sigma_hi or 0, found.passes or "Both passes")
+        accordion = (found.enabled, *controls)
         _, again = generate(host, accordion, prompt=prompt, batch_size=2)
         assert torch.equal(again.images[i % 2].text, cells[i].text)
     ((_, saved),) = host.saved
@@ -640,35 +708,115 @@ def test_a_comparison_whose_images_were_skipped_says_so(host, monkeypatch):
 SCHEDULE = {"txt2img_sampling": "Euler", "txt2img_scheduler": "Karras", "txt2img_steps": 20}
 
 
-def test_the_picture_follows_the_controls(host):
+@pytest.fixture
+def page(host):
+    """The controls of one picture, on a page whose host has these: `.html` is the picture, `.ours` our controls."""
     ui = host.script.ui
     components = {name: Component(value) for name, value in SCHEDULE.items()}
     components["txt2img_prompt"] = Component("a cat")
     for name, component in components.items():
         ui.remember(component, name)
-    done = Component()
-    preset, lo, hi, _passes = ui.controls("txt2img", "new")
-    ui.remember(done, "html_log_txt2img")
+    preset, lo, hi, passes = ui.controls("txt2img", "new")
+    done, log = Component("{}"), Component()
+    ui.remember(done, "generation_info_txt2img")
+    ui.remember(log, "html_log_txt2img")
     html = preset.listeners[-1][2]
-    assert "9 of 20 steps are guided" in html.value and "29 network rows per image instead of 40" in html.value
-    hi.value = 0
-    hi.fire()
-    assert preset.value == "custom" and "14 of 20 steps" in html.value
-    preset.value = "conditional only"
-    preset.fire()
-    assert "None of the 20 steps" in html.value and (lo.value, hi.value) == (0.28, 0)
-    preset.value = "sdxl"
-    preset.fire()
-    assert (lo.value, hi.value) == (0.28, 5.42)
-    components["txt2img_steps"].value = 10
-    done.fire()
-    assert "of 10 steps" in html.value
-    components["txt2img_prompt"].value = "a cat AND a dog"
-    components["txt2img_prompt"].fire()
-    assert "24 network rows per image instead of 30" in html.value
-    lo.value = 9
-    lo.fire()
+    return module(host=components, preset=preset, lo=lo, hi=hi, passes=passes, done=done, log=log, html=html)
+
+
+def test_the_picture_follows_the_controls(page):
+    html = page.html
+    assert "9 of 20 steps are guided" in html.value and "29 model runs per image instead of 40" in html.value
+    page.hi.by_hand(0)
+    assert page.preset.value == "custom" and "14 of 20 steps" in html.value
+    page.preset.by_hand("conditional only")
+    assert "None of the 20 steps" in html.value and (page.lo.value, page.hi.value) == (0.28, 0)
+    page.preset.by_hand("sdxl")
+    assert (page.lo.value, page.hi.value) == (0.28, 5.42)
+    page.host["txt2img_prompt"].value = "a cat AND a dog"
+    page.host["txt2img_prompt"].fire()
+    assert "49 model runs per image instead of 60" in html.value
+    page.lo.by_hand(9)
     assert "swap them" in html.value and "<svg" not in html.value
+
+
+def test_the_picture_is_drawn_again_when_an_image_is_done(page):
+    page.host["txt2img_steps"].value = 10
+    assert "of 20 steps" in page.html.value
+    page.done.fire()
+    assert "of 10 steps" in page.html.value
+    assert not page.log.listeners, "which changes again and again by itself in Gradio 4"
+
+
+def test_a_page_that_is_opened_shows_the_model_that_was_loaded_since(host):
+    data = sys.modules["modules.sd_models"].model_data
+    loaded, data.sd_model = data.sd_model, None
+    ui = host.script.ui
+    for name, value in SCHEDULE.items():
+        ui.remember(Component(value), name)
+    preset, *_ = ui.controls("txt2img", "new")
+    html = preset.listeners[-1][2]
+    assert "when a model is loaded" in html.value
+    data.sd_model = loaded
+    assert "9 of 20 steps are guided" in html.load()
+
+
+def test_an_own_preset_with_an_open_end_stays_chosen(host, page, monkeypatch):
+    import dataclasses
+
+    st = host.script.settings
+    own = dataclasses.replace(st.get_preset("sdxl"), sigma_hi=float("inf"))
+    monkeypatch.setitem(st.PRESETS, "mine", own)
+    monkeypatch.setattr(st, "PRESET_NAMES", [*st.PRESET_NAMES, "mine"])
+    known = st.get_preset
+    monkeypatch.setattr(st, "get_preset", lambda name: own if name == "mine" else known(name))
+    page.preset.by_hand("mine")
+    assert (page.preset.value, page.lo.value, page.hi.value) == ("mine", 0.28, 0.0)
+    assert "14 of 20 steps" in page.html.value
+    page.hi.by_hand(5.42)
+    assert page.preset.value == "sdxl"
+    page.hi.by_hand(0)
+    assert page.preset.value == "mine"
+
+
+def test_a_bound_that_another_tab_sends_leaves_the_preset(page):
+    """ "Send to img2img" sets the bounds beside "conditional only"."""
+    page.preset.take("conditional only")
+    page.lo.take(1.0)
+    page.hi.take(2.0)
+    assert page.preset.value == "conditional only" and "None of the 20 steps" in page.html.value
+
+
+def test_the_bars_stay_while_an_image_is_made(host, page):
+    bars = page.html.value
+    with host.lock:
+        page.host["txt2img_steps"].value = 30
+        page.host["txt2img_steps"].fire()
+        assert "An image is being made" in page.html.value and bars in page.html.value
+        assert "opacity:0.4" in page.html.value, "they are not those of the controls"
+        page.host["txt2img_steps"].value = 31
+        page.host["txt2img_steps"].fire()
+        assert page.html.value.count("An image is being made") == 1
+    page.done.fire()
+    assert "of 31 steps" in page.html.value and "opacity:0.4" not in page.html.value
+
+
+def test_what_is_wrong_is_a_warning_and_what_is_missing_is_not(host):
+    ui = host.script.ui
+    values = {"sampler": "Euler", "scheduler": "Karras", "steps": 8}
+    wrong = ui.picture_of(("custom", 5, 1, "Both passes"), values)
+    assert 'role="alert"' in wrong and "--error-text-color" in wrong
+    missing = ui.picture_of(ON[1:], {})
+    assert "after this script's" in missing and "error" not in missing
+
+
+def test_what_a_sampler_says_is_no_markup(host):
+    def failing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        raise IndexError("<img src=x>")
+
+    host.functions["failing"] = failing
+    html = host.script.ui.picture_of(ON[1:], {"sampler": "failing", "scheduler": "Karras", "steps": 8})
+    assert "&lt;img" in html and "<img" not in html
 
 
 def test_why_there_is_no_picture(host):
@@ -676,6 +824,10 @@ def test_why_there_is_no_picture(host):
     ours, values = ON[1:], {"sampler": "Euler", "scheduler": "Karras", "steps": 8}
     assert "8 steps" in ui.picture_of(ours, values)
     assert "after this script's" in ui.picture_of(ours, {})
+    assert "steps is empty" in ui.picture_of(ours, {**values, "steps": None})
+    assert "8 steps" in ui.picture_of(ours, {**values, "hires_denoising_strength": None})
+    hires = {"hires": True, "hires_denoising_strength": None}
+    assert "hires denoising strength is empty" in ui.picture_of(ours, {**values, **hires})
     assert "Heun++: the steps cannot be told (AssertionError: bad" in ui.picture_of(
         ours, {**values, "sampler": "Heun++"}
     )
@@ -688,18 +840,98 @@ def test_why_there_is_no_picture(host):
     assert "when a model is loaded" in ui.picture_of(ours, values)
 
 
-def test_pasting_leaves_alone_what_is_not_named(host):
-    accordion = host.runner.alwayson_scripts[0]
+# ----------------------------------------------------------------------------
+# Pasting.
 
-    def paste(params):
-        return [function(params) for _, function in accordion.infotext_fields]
+NOTHING = {}  # An update of nothing.
+LINE = "a cat\nSteps: 20, Sampler: Euler, CFG scale: 7, Guidance interval: {}, Version: v1.9"
 
-    nothing = "an update of nothing"
-    assert paste({"Guidance interval": "0.28-inf"}) == [True, "custom", 0.28, 0.0, "Both passes"]
-    assert paste({"Guidance interval": "conditional only"}) == [
-        True, "conditional only", nothing, nothing, "Both passes",
+
+class Fields:
+    """The accordion's paste fields, and what the host does with them."""
+
+    def __init__(self, host):
+        self.host = host
+        self.script = host.runner.alwayson_scripts[0]
+        self.fields = self.script.infotext_fields
+
+    def from_params(self, params):
+        """The API's `infotext`, which asks no callback."""
+        return [target(params) for _, target in self.fields]
+
+    def from_text(self, infotext):
+        """modules.infotext_utils' paste_func: the host cuts a value at its first comma."""
+        line = infotext.rpartition("\n")[2]
+        params = {key.strip(): value for key, _, value in (part.partition(": ") for part in line.split(","))}
+        for callback in self.host.callbacks["infotext_pasted"]:
+            callback(infotext, params)
+        return self.from_params(params)
+
+
+@pytest.fixture
+def fields(host):
+    return Fields(host)
+
+
+def test_pasting_leaves_alone_what_is_not_named(fields):
+    quiet = {"value": "", "visible": False}
+    assert fields.from_params({"Guidance interval": "0.28-inf"}) == [
+        True, "custom", 0.28, 0.0, "Both passes", quiet,
     ]  # fmt: skip
-    assert paste({}) == [False, nothing, nothing, nothing, nothing]
+    assert fields.from_params({"Guidance interval": "conditional only"}) == [
+        True, "conditional only", NOTHING, NOTHING, "Both passes", quiet,
+    ]  # fmt: skip
+    assert fields.from_params({}) == [False, NOTHING, NOTHING, NOTHING, NOTHING, quiet]
+
+
+def test_a_pasted_text_is_read_whole(fields):
+    """The host's parser gives "0" and "0.28-5" of these."""
+    for value in ("0,28-5,42", "0.28-5,42", "(0.28, 5.42]"):
+        assert fields.from_text(LINE.format(value))[:4] == [True, "sdxl", 0.28, 5.42]
+    assert fields.from_text("Steps: 20, Sampler: Euler")[0] is False
+
+
+def test_what_cannot_be_read_changes_nothing_and_is_said_on_the_page(fields):
+    *controls, note = fields.from_text(LINE.format("5.42-0.28"))
+    assert controls == [NOTHING] * 5, "the accordion is not switched off without a word"
+    assert note["visible"] and "swap them" in note["value"] and 'role="alert"' in note["value"]
+
+
+def test_the_api_refuses_what_cannot_be_read(host, fields):
+    with pytest.raises(ValueError, match="swap them") as e:
+        fields.from_params({"Guidance interval": "5.42-0.28"})
+    assert e.value.status_code == 422
+
+
+def test_what_the_user_does_by_hand_ends_the_note(host, fields):
+    enabled, preset, lo, hi, _ = (component for component, _ in fields.fields[:5])
+    note = fields.fields[5][0]
+    for component, value in ((preset, "custom"), (lo, 0.3), (hi, 6.0)):
+        note.take({"value": "said", "visible": True})
+        component.by_hand(value)
+        assert not note.visible
+    note.take({"value": "said", "visible": True})
+    enabled.take(True)
+    assert note.visible, "pasting itself changes controls"
+
+
+@pytest.mark.parametrize("skipped", ["Guidance interval", "Guidance interval sigma_hi"])
+def test_fields_that_the_user_disregards_stay(host, fields, skipped):
+    """ "Disregard fields from pasted infotext"."""
+    host.shared.opts.infotext_skip_pasting = [skipped]
+    pasted = fields.from_text(LINE.format("0.28-5.42"))[:5]
+    expected = [True, "sdxl", 0.28, NOTHING, "Both passes"]
+    assert pasted == ([NOTHING] * 5 if skipped == "Guidance interval" else expected)
+
+
+def test_send_to_finds_every_field_by_its_name(host, fields):
+    """The gallery's buttons pair the fields of both tabs whose names are among the script's."""
+    names = fields.script.paste_field_names
+    found = [component for component, name in fields.fields if name in names]
+    assert found == [component for component, _ in fields.fields] and len(set(names)) == 6
+    other = type(fields.script)()
+    other.ui(True)
+    assert [str(name) for _, name in other.infotext_fields] == [str(name) for _, name in fields.fields]
 
 
 # ----------------------------------------------------------------------------
@@ -727,6 +959,18 @@ def test_churn_raises_the_noise_level_that_is_evaluated(host):
     assert churned.sigmas == pytest.approx([s * 1.25 for s in plain.sigmas])
 
 
+@pytest.fixture
+def told(host):
+    """`told(**controls)`: the passes of 20 steps of Euler."""
+    evaluations, st = host.script.ui.evaluations, host.script.settings
+    controls = {"sampler": "Euler", "scheduler": "Karras", "steps": 20}
+
+    def passes(**changed):
+        return evaluations.passes({**controls, **changed}, st.from_controls(*ON[1:]))
+
+    return passes
+
+
 def test_img2img_and_hires_fix_end_the_schedule(host):
     evaluations, st = host.script.ui.evaluations, host.script.settings
     settings = st.from_controls("custom", 0.28, 5.42, "First pass only")
@@ -740,6 +984,140 @@ def test_img2img_and_hires_fix_end_the_schedule(host):
     assert all(second.guided), "the second pass is the host's"
     (styled,) = evaluations.passes({**controls, "prompt": "a", "styles": ["b", "c"]}, settings)
     assert styled.cond == 3
+
+
+HIRES = {"hires": True, "hires_steps": 20, "hires_denoising_strength": 0.5}
+
+
+def test_the_second_pass_has_its_own_schedule(told):
+    (exponential,) = told(scheduler="Exponential", denoising_strength=0.5)
+    first, second = told(**HIRES, hires_scheduler="Exponential")
+    assert second.sigmas[0] == pytest.approx(told(scheduler="Exponential", **HIRES)[1].sigmas[0])
+    assert second.sigmas != told(**HIRES)[1].sigmas and first == told()[0]
+    assert told(**HIRES, hires_scheduler="Use same scheduler") == told(**HIRES)
+    assert exponential.sigmas != told(denoising_strength=0.5)[0].sigmas
+
+
+def test_a_schedule_may_go_by_the_size_of_the_image(told):
+    """Forge Neo's Flux2; in the second pass of hires fix, by that of the enlarged one."""
+
+    def top(**controls):
+        return [one.sigmas[0] for one in told(scheduler="Flux2", **controls)]
+
+    assert top() == pytest.approx([14.6]), "from the model of the run"
+    assert top(width=1024, height=512) == pytest.approx([29.2])
+    whole = {"hires": True, "hires_steps": 20, "hires_denoising_strength": 0.999, "width": 512, "height": 512}
+    first, second = top(**whole, hr_scale=2.0)
+    assert first == pytest.approx(14.6) and second == pytest.approx(4 * 14.6 * 20 / 21, rel=0.06)
+    _, sized = top(**whole, hr_scale=2.0, hr_resize_x=1024, hr_resize_y=512)
+    assert sized == pytest.approx(second / 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rows"),
+    [
+        ("a cat AND a dog", 2),
+        ("a cat # AND a dog", 1),
+        ("a cat # AND a dog\nAND a bird", 2),
+        ("a cat <lora:this AND that:1>", 1),
+        (None, 1),
+    ],
+)
+def test_prompts_are_counted_as_the_text_encoder_meets_them(told, prompt, rows):
+    (one,) = told(prompt=prompt)
+    assert one.cond == rows
+    assert told(**HIRES, prompt="a", hires_prompt=prompt or "")[1].cond == rows
+    assert told(prompt="a", styles=["b # AND c"])[0].cond == 2
+
+
+def test_options_that_change_the_models_noise_levels_are_followed_at_once(host, told):
+    """The host sets them when it begins an image; a trial run leaves them as they were."""
+    stock = host.model.alphas_cumprod
+    (before,) = told()
+    host.shared.opts.data["alphas"] = 0.5
+    (after,) = told()
+    assert after.sigmas[0] == pytest.approx(before.sigmas[0] / 2)
+    assert host.model.alphas_cumprod is stock
+
+
+@pytest.mark.parametrize("how", ["the option", "the model"])
+def test_forges_zero_terminal_snr_is_followed_at_once(host, told, how):
+    predictor = types.SimpleNamespace(sigmas=SIGMAS)
+    predictor.set_sigmas = lambda sigmas: setattr(predictor, "sigmas", sigmas)
+    unet = types.SimpleNamespace(model=types.SimpleNamespace(predictor=predictor))
+    host.model.forge_objects = types.SimpleNamespace(unet=unet)
+    host.model.model_config = types.SimpleNamespace(ztsnr=False)
+    host.model.network = forge_network(host.model)
+    assert told()[0].sigmas[0] == pytest.approx(14.6, rel=0.01)
+    host.shared.opts.sd_noise_schedule = "Zero Terminal SNR" if how == "the option" else "Default"
+    host.model.model_config.ztsnr = how == "the model"
+    assert told()[0].sigmas[0] == pytest.approx(4518.0)
+    assert predictor.sigmas is SIGMAS
+
+
+def forge_network(model):
+    """A denoiser's inner model over Forge's, whose noise levels are the predictor's."""
+
+    class Inner(torch.nn.Module):
+        sigmas = property(lambda self: model.forge_objects.unet.model.predictor.sigmas)
+        inner_model = property(lambda self: model)
+
+    return Inner()
+
+
+CHANGES = {
+    "sampler": {"sampler": "DPM++ 2M"},
+    "scheduler": {"scheduler": "Exponential"},
+    "steps": {"steps": 21},
+    "denoising": {"denoising_strength": 0.5},
+    "width": {"width": 640},
+    "hires steps": {**HIRES, "hires_steps": 19},
+    "hires denoising": {**HIRES, "hires_denoising_strength": 0.4},
+    "hires scheduler": {**HIRES, "hires_scheduler": "Exponential"},
+    "hires size": {**HIRES, "hr_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_kept_schedule_is_shown_for_nothing_else(host, told, change):
+    told(), told(**HIRES)
+    evaluations = host.script.ui.evaluations
+    with host.lock:
+        told(), told(**HIRES)
+        with pytest.raises(evaluations.Busy):
+            told(**CHANGES[change])
+
+
+def test_a_kept_schedule_is_that_of_its_pass(host, told):
+    """The same sampler, steps and strength are one schedule in img2img and another in hires fix."""
+    told(denoising_strength=0.5)
+    with host.lock, pytest.raises(host.script.ui.evaluations.Busy):
+        told(**HIRES)
+
+
+def test_a_kept_schedule_is_that_of_its_options_and_its_model(host, told):
+    told()
+    busy = host.script.ui.evaluations.Busy
+    host.shared.opts.data["eta_ancestral"] = 0.5
+    with host.lock, pytest.raises(busy):
+        told()
+    del host.shared.opts.data["eta_ancestral"]
+    with host.lock:
+        told()
+        sys.modules["modules.sd_models"].model_data.sd_model = copy.copy(host.model)
+        with pytest.raises(busy):
+            told()
+
+
+def test_no_more_than_the_last_schedules_are_kept(host, told):
+    evaluations = host.script.ui.evaluations
+    for steps in range(1, evaluations.MAX_KEPT + 2):
+        told(steps=steps)
+    assert len(evaluations._kept) == evaluations.MAX_KEPT
+    with host.lock:
+        told(steps=2)
+        with pytest.raises(evaluations.Busy):
+            told(steps=1)
 
 
 def test_a_sampler_that_goes_by_the_image_is_not_told(host):

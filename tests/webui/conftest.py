@@ -1,8 +1,8 @@
 """A real web UI in this process, with tiny random checkpoints in a scratch folder and this repository as extension.
 
-A1111_PATH names a checkout of Automatic1111 (with its `repositories/`), FORGE_PATH one of Forge or reForge; run
-pytest with a Python that has the web UI's requirements, and one of the two at a time. Nothing is written into the
-checkout.
+A1111_PATH names a checkout of Automatic1111 (with its `repositories/`), FORGE_PATH one of Forge, reForge, Forge Neo or
+Forge Classic; run pytest with a Python that has the web UI's requirements, and one of the two at a time. Nothing is
+written into the checkout.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ ARGS = (
 )
 A1111_ARGS = " --use-cpu all --no-half --no-half-vae --precision full"
 FORGE_ARGS = " --always-cpu --all-in-fp32"
+NEO_ARGS = " --cpu --force-fp32"  # And Forge Classic's.
 
 
 def pytest_collection_modifyitems(items):
@@ -55,7 +56,7 @@ def webui(tmp_path_factory):
     (data / "models" / "Stable-diffusion").mkdir(parents=True)
     os.chdir(path)
     sys.path.insert(0, str(path))
-    args = f"{ARGS}{A1111_ARGS if host == 'a1111' else FORGE_ARGS} --data-dir {data}"
+    args = f"{ARGS}{_own_args(host, path)} --data-dir {data}"
     sys.argv = ["webui.py", *args.split()]
     os.environ.update(IGNORE_CMD_ARGS_ERRORS="1", GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     boot = _boot_a1111 if host == "a1111" else _boot_forge
@@ -73,6 +74,13 @@ def webui(tmp_path_factory):
     shared.opts.data.update(samples_save=False, grid_save=False, live_previews_enable=False, save_init_img=False)
     assert any(s.title() == "Guidance Interval" for s in scripts.scripts_txt2img.alwayson_scripts)
     return types.SimpleNamespace(host=host, data=data, api=TestClient(app))
+
+
+def _own_args(host, path):
+    if host == "a1111":
+        return A1111_ARGS
+    known = path / "backend" / "args.py"
+    return NEO_ARGS if known.is_file() and "--always-cpu" not in known.read_text() else FORGE_ARGS
 
 
 # ----------------------------------------------------------------------------
@@ -322,12 +330,14 @@ class Judge:
             if denoiser.mask is not None and not denoiser.mask_before_denoising:
                 pred = pred * denoiser.nmask + denoiser.init_latent * denoiser.mask
             return pred, count, True
-        skip = shared.opts.data.get("skip_early_cond", 0.0)
-        shared.opts.data["skip_early_cond"] = 1e9  # The host's own skip: cond alone, but not the mean for AND.
+        # The host's own skips: cond alone, but not the mean for AND. The first never acts at step 0 of Forge Neo.
+        own = {"skip_early_cond": 1e9, "s_min_uncond_all": True}
+        before = {name: shared.opts.data.get(name, 0.0) for name in own}
+        shared.opts.data.update(own)
         try:
-            out, rows, _ = self.evaluate(real, denoiser, x, sigma, kwargs)
+            out, rows, _ = self.evaluate(real, denoiser, x, sigma, {**kwargs, "s_min_uncond": 1e9})
         finally:
-            shared.opts.data["skip_early_cond"] = skip
+            shared.opts.data.update(before)
         assert rows == count or self.host == "forge"  # Where a patch of the unet may add rows of its own.
         formula = self.host == "forge" and "sampler_cfg_function" in unet_of(denoiser).model_options
         if all(len(p) == 1 for p in prompts) and not formula:
@@ -494,7 +504,36 @@ def checkpoint(webui):
         sd_models.reload_model_weights()
 
     yield load
-    load("tiny")
+    if hasattr(sd_models, "reload_model_weights"):  # Forge Neo has another way, and one checkpoint.
+        load("tiny")
+
+
+@pytest.fixture
+def hires(webui):
+    """`hires(steps=5)`: what of `p` asks for a second pass of hires fix, in this host."""
+    from modules import shared
+    from modules.processing import StableDiffusionProcessingTxt2Img
+
+    def second_pass(**more):
+        upscaler = "Latent" if "Latent" in shared.latent_upscale_modes else "None"  # Forge Neo has no latent ones.
+        known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
+        forges = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
+        kwargs = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": upscaler}
+        return kwargs | {k: v for k, v in forges.items() if k in known} | more
+
+    return second_pass
+
+
+@pytest.fixture
+def need_sampler(webui):
+    """`need_sampler("DPM fast")` skips the test where the host has no such sampler."""
+    from modules import sd_samplers
+
+    def need(name):
+        if name not in sd_samplers.all_samplers_map:
+            pytest.skip(f"this host has no sampler {name!r}")
+
+    return need
 
 
 # ----------------------------------------------------------------------------

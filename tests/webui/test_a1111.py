@@ -130,3 +130,87 @@ def test_models_with_image_conditioning(
         assert rows == everywhere
     else:
         assert rows is None
+
+
+# ----------------------------------------------------------------------------
+# Extensions that recombine the predictions.
+
+
+def levels(one, other):
+    """The largest difference of two images, in levels of 255."""
+    import numpy as np
+
+    return int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+
+
+@pytest.fixture
+def regional(webui):
+    """As Regional Prompter in Latent mode: outside its region, each prompt's prediction becomes the negative one's."""
+    from modules import script_callbacks
+
+    def denoised(params):
+        x = params.x
+        half = x.shape[-1] // 2
+        x[0, ..., half:] = x[-1, ..., half:]
+        x[1, ..., :half] = x[-1, ..., :half]
+
+    script_callbacks.on_cfg_denoised(denoised, name="regional")
+    yield
+    script_callbacks.remove_callbacks_for_function(denoised)
+    script_callbacks.ordered_callbacks_map.clear()
+
+
+TWO = "a photo of a cat AND a house by the sea"
+CONDITIONAL = [True, "conditional only", 0, 0, "Both passes"]
+
+
+def test_regions_outside_are_the_conditional_predictions_of_each(regional, generate):
+    _, ours = generate(accordion=CONDITIONAL, prompt=TWO, cfg_scale=7.0)
+    _, expected = generate(prompt=TWO, cfg_scale=1.0)  # uncond cancels where each region has one prompt.
+    assert levels(ours.images[0], expected.images[0]) <= 1
+    _, stock = generate(prompt=TWO, cfg_scale=7.0)
+    assert levels(stock.images[0], expected.images[0]) > 10
+
+
+@pytest.fixture
+def perpendicular(webui, monkeypatch):
+    """As Neutral Prompt's AND_PERP, which sets its hook on each sampler's denoiser; the denoisers are kept."""
+    import functools
+
+    from modules import sd_samplers
+
+    create, denoisers = sd_samplers.create_sampler, []
+
+    def combine(x_out, conds_list, uncond, cond_scale, original_function):
+        denoised = original_function(x_out, [conds[:1] for conds in conds_list], uncond, cond_scale)
+        for i, ((first, _), (second, weight)) in enumerate(conds_list):
+            base, other = (x_out[row] - x_out[-uncond.shape[0] + i] for row in (first, second))
+            along = (other * base).sum() / (base * base).sum().clamp(min=1e-20)
+            denoised[i] += (other - base * along) * weight * cond_scale
+        return denoised
+
+    def create_sampler(name, model):
+        sampler = create(name, model)
+        denoiser = sampler.model_wrap_cfg
+        denoiser.combine_denoised = functools.partial(combine, original_function=denoiser.combine_denoised)
+        denoisers.append((denoiser, denoiser.combine_denoised))
+        return sampler
+
+    monkeypatch.setattr(sd_samplers, "create_sampler", create_sampler)
+    return denoisers
+
+
+def test_perpendicular_prompts_outside_are_the_first_ones_prediction(perpendicular, generate, monkeypatch):
+    _, ours = generate(accordion=CONDITIONAL, prompt=TWO)
+    assert perpendicular
+    for denoiser, hook in perpendicular:
+        assert vars(denoiser)["combine_denoised"] is hook, "the hook of another extension survives"
+    monkeypatch.undo()
+    _, expected = generate(accordion=CONDITIONAL, prompt=TWO.partition(" AND ")[0])
+    assert levels(ours.images[0], expected.images[0]) <= 1
+
+
+def test_a_hook_acts_as_before_inside(perpendicular, generate):
+    _, stock = generate(prompt=TWO)
+    _, inside = generate(accordion=[True, "custom", 0.0, 0.0, "Both passes"], prompt=TWO)
+    assert inside.images[0].tobytes() == stock.images[0].tobytes()

@@ -80,14 +80,16 @@ def test_every_sampler(told, counted, image, denoising):
         except AssertionError as e:
             wrong[name] = str(e)
     assert not wrong
-    assert {"DPM adaptive"} <= unknown <= {"DPM adaptive", *(n for n in samplers() if n.startswith("ODE"))}
+    adaptive = {"DPM adaptive"} & set(samplers())  # Forge Classic has none.
+    assert adaptive <= unknown <= {*adaptive, *(n for n in samplers() if n.startswith("ODE"))}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 40])
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM", "PLMS", "UniPC", "DPM fast", "Heun", "Restart"])
-def test_other_numbers_of_steps(told, counted, sampler, steps):
+def test_other_numbers_of_steps(told, counted, need_sampler, sampler, steps):
     from guidance_interval.a1111.evaluations import Unknown
 
+    need_sampler(sampler)
     try:
         passes = told(INTERVAL, sampler=sampler, steps=steps)
     except Unknown as e:
@@ -108,9 +110,10 @@ def test_schedulers(told, counted, scheduler):
     )
 
 
-def test_the_hosts_options_count(webui, told, counted, monkeypatch):
+def test_the_hosts_options_count(webui, told, counted, need_sampler, monkeypatch):
     from modules import shared
 
+    need_sampler("DPM2 a")
     monkeypatch.setitem(shared.opts.data, "always_discard_next_to_last_sigma", True)
     monkeypatch.setitem(shared.opts.data, "eta_ancestral", 0.5)
     check(told(INTERVAL, sampler="DPM2 a"), counted(INTERVAL, sampler_name="DPM2 a"))
@@ -120,14 +123,8 @@ def test_the_hosts_options_count(webui, told, counted, monkeypatch):
 
 
 @pytest.mark.parametrize("ours", [NARROW, [*NARROW[:3], "First pass only"]])
-def test_hires_fix(told, counted, ours):
-    from modules.processing import StableDiffusionProcessingTxt2Img
-
-    known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
-    more = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
-    kwargs = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"}
-    kwargs |= {"hr_second_pass_steps": 5, "hr_sampler_name": "DDIM"}
-    kwargs |= {k: v for k, v in more.items() if k in known}
+def test_hires_fix(told, counted, hires, ours):
+    kwargs = hires(hr_second_pass_steps=5, hr_sampler_name="DDIM")
     passes = told(
         ours,
         sampler="DPM++ 2M",
@@ -224,14 +221,16 @@ def test_the_picture(webui):
 
     controls = {**TXT2IMG, "sampler": "DPM++ 2M", "scheduler": "Karras", "steps": 20}
     html = ui.picture_of(INTERVAL, controls)
-    assert "9 of 20 steps are guided" in html and "29 network rows per image instead of 40" in html
+    assert "9 of 20 steps are guided" in html and "29 model runs per image instead of 40" in html
     assert "swap them" in ui.picture_of(["custom", 5, 1, "Both passes"], controls)
     assert "20 of 20 steps" in ui.picture_of(["custom", 0, 0, "Both passes"], controls)
-    assert "depends on the image" in ui.picture_of(INTERVAL, {**controls, "sampler": "DPM adaptive"})
+    if "DPM adaptive" in samplers():
+        assert "depends on the image" in ui.picture_of(INTERVAL, {**controls, "sampler": "DPM adaptive"})
+    assert "9 of 20 steps are guided" in ui.picture_of(INTERVAL, {**controls, "prompt": None})
 
 
 def test_it_is_drawn_again_when_an_image_is_done(webui):
-    """The page's own events: of the host's controls, and of the text that follows an image."""
+    """The page's own events: of the host's controls, of the text that follows an image, and its being opened."""
     from guidance_interval.a1111 import ui
     from modules import shared
 
@@ -239,14 +238,59 @@ def test_it_is_drawn_again_when_an_image_is_done(webui):
     by_id = {c["id"]: c["props"].get("elem_id") for c in config["components"]}
     for tab in ("txt2img", "img2img"):
         picture = next(i for i, name in by_id.items() if name == f"{tab}_guidance_interval_picture")
-        sources = set()
+        script = next(i for i, name in by_id.items() if name == f"{tab}_guidance_interval_script_picture")
+        sources, opened = set(), set()
         for dependency in config["dependencies"]:
             if picture in dependency["outputs"]:
                 for target in dependency["targets"]:
-                    sources.add(by_id[target[0] if isinstance(target, list | tuple) else target])
-        assert f"html_log_{tab}" in sources
+                    sources.add(by_id.get(target[0] if isinstance(target, list | tuple) else target))
+            if _is_load(dependency):
+                opened |= set(dependency["outputs"])
+        assert {picture, script} <= opened, "a model may have been loaded since the page was made"
+        assert f"generation_info_{tab}" in sources and f"html_log_{tab}" not in sources
         missing = ui.CONTROLS[tab].keys() - sources
         assert missing <= {"txt2img_hr_cfg"}, missing
+
+
+def _is_load(dependency):
+    """Whether it runs when the page is opened: without a target, or with that of the page's own event."""
+    targets = dependency["targets"]
+    return not targets or any(isinstance(t, list | tuple) and t[1] == "load" for t in targets)
+
+
+@pytest.mark.parametrize("option", [("sd_noise_schedule", "Zero Terminal SNR"), ("use_downcasted_alpha_bar", True)])
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_the_noise_schedule_of_the_options_is_told_before_the_first_image(
+    webui, told, counted, monkeypatch, sampler, option
+):
+    from modules import shared
+
+    name, value = option
+    if name not in shared.opts.data_labels:
+        pytest.skip(f"this host has no option {name}")
+    (before,) = told(INTERVAL, sampler=sampler)
+    monkeypatch.setitem(shared.opts.data, name, value)
+    (one,) = told(INTERVAL, sampler=sampler)
+    check([one], counted(INTERVAL, sampler_name=sampler))
+    assert (one.sigmas != before.sigmas) == (name == "sd_noise_schedule" or webui.host == "a1111")
+    monkeypatch.undo()
+    assert told(INTERVAL, sampler=sampler)[0].sigmas == pytest.approx(before.sigmas, rel=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["a cat # AND a dog", "a cat # AND\nAND a dog", "a cat <lora:this AND that:1>"])
+def test_what_is_no_prompt_is_not_counted(told, counted, prompt):
+    (one,) = told(INTERVAL, sampler="Euler", prompt=prompt)
+    check([one], counted(INTERVAL, sampler_name="Euler", prompt=prompt))
+
+
+@pytest.mark.parametrize("scheduler", ["Exponential", "Use same scheduler"])
+def test_the_second_pass_has_its_own_scheduler(told, counted, hires, scheduler):
+    kwargs = hires(hr_second_pass_steps=5, hr_scheduler=None if "same" in scheduler else scheduler)
+    passes = told(
+        NARROW, sampler="Euler", scheduler="Karras", hires=True, hires_steps=5, hires_scheduler=scheduler,
+        hires_denoising_strength=0.6, hires_cfg_scale=7.0,
+    )  # fmt: skip
+    check(passes, counted(NARROW, sampler_name="Euler", scheduler="Karras", **kwargs))
 
 
 def test_the_guided_evaluations_of_an_open_interval(told):

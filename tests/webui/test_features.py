@@ -51,17 +51,11 @@ def test_inpaint(judge, generate, st, report, image, mask, sampler, soft):
 
 @pytest.mark.parametrize("controls", [NARROW, FIRST])
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM"])
-def test_hires_fix(judge, generate, st, report, sampler, controls):
+def test_hires_fix(judge, generate, st, report, hires, sampler, controls):
     judged = judge(st.from_controls(*controls))
-    from modules.processing import StableDiffusionProcessingTxt2Img
-
-    known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
-    more = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
-    more = {name: value for name, value in more.items() if name in known}
     _, processed = generate(
-        accordion=[True, *controls], sampler_name=sampler, enable_hr=True, hr_scale=2, hr_upscaler="Latent",
-        denoising_strength=0.7, **more,
-    )  # fmt: skip
+        accordion=[True, *controls], sampler_name=sampler, **hires(hr_scale=2, denoising_strength=0.7)
+    )
     report(sampler, "hires" if controls is NARROW else "hires, first pass", judged)
     judged.check()
     hires = [c["guided"] for c in judged.calls if c["hires"]]
@@ -270,8 +264,8 @@ def test_infotext_round_trip(generate, webui):
     def paste(params):
         return [f(params) if callable(f) else params.get(f) for _, f in found.infotext_fields]
 
-    assert paste(params) == [True, "sdxl", 0.28, 5.42, "Both passes"]
-    assert [c.label for c, _ in found.infotext_fields] == [c.label for c in found.controls]
+    assert paste(params)[:5] == [True, "sdxl", 0.28, 5.42, "Both passes"]
+    assert [c.label for c, _ in found.infotext_fields][:5] == [c.label for c in found.controls]
     assert "Guidance interval" in scripts.scripts_txt2img.paste_field_names
     _, plain = generate()
     assert paste(infotext_utils.parse_generation_parameters(plain.infotexts[0]))[0] is False
@@ -288,9 +282,80 @@ def test_open_and_conditional_only_survive_pasting(generate, ours):
     params = infotext_utils.parse_generation_parameters(processed.infotexts[0])
     pasted = [f(params) if callable(f) else params.get(f) for _, f in found.infotext_fields]
     # What is no value, an update of nothing, leaves the control as it is.
-    again = [p if isinstance(p, bool | str | float) else o for p, o in zip(pasted, [True, *ours], strict=True)]
+    again = [p if isinstance(p, bool | str | float) else o for p, o in zip(pasted[:5], [True, *ours], strict=True)]
     assert again == [True, *ours]
     assert pixels(generate(accordion=again)[1]) == pixels(processed)
+
+
+TEXT = "a cat\nSteps: 8, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Guidance interval: {}, Version: v1.9"
+
+
+@pytest.fixture
+def pasted(webui):
+    """`pasted(infotext, callback=True)`: what the host makes of it, `[value of each of our fields]`."""
+    from modules import infotext_utils, script_callbacks, scripts
+
+    found = next(s for s in scripts.scripts_txt2img.alwayson_scripts if s.title() == "Guidance Interval")
+
+    def paste(infotext, callback=True):
+        params = infotext_utils.parse_generation_parameters(infotext)
+        if callback:  # The page's, not the API's.
+            script_callbacks.infotext_pasted_callback(infotext, params)
+        return [f(params) for _, f in found.infotext_fields]
+
+    return paste
+
+
+@pytest.mark.parametrize("value", ["0,28-5,42", "0.28-5,42", "(0.28, 5.42]", '0.28-5.42"', "0.28 to 5.42"])
+def test_an_odd_interval_is_read(pasted, value):
+    assert pasted(TEXT.format(value))[:5] == [True, "sdxl", 0.28, 5.42, "Both passes"]
+
+
+@pytest.mark.parametrize("value", ["5.42-0.28", "0.28--1", "much", "1e300-1e308"])
+def test_an_interval_that_cannot_be_read_changes_nothing_and_is_told(pasted, value):
+    *controls, note = pasted(TEXT.format(value))
+    assert not any("value" in update for update in controls)
+    assert note["visible"] and "was not taken" in note["value"]
+    assert pasted(TEXT.format("1-2"))[-1]["visible"] is False
+
+
+def test_the_apis_infotext(post, webui):
+    """Automatic1111's and Forge's: parameters that fill the arguments that are not given."""
+    try:
+        post(infotext="Steps: 8, Sampler: Euler, CFG scale: 7")
+    except TypeError as e:
+        pytest.skip(f"this host's API cannot read any infotext: {e}")
+    answer = post(infotext=TEXT.format("0.28-5.42").partition("\n")[2])
+    assert answer.status_code == 200
+    assert KEY in json.loads(answer.json()["info"])["infotexts"][0]
+    answer = post(infotext=TEXT.format("5.42-0.28"))
+    assert answer.status_code == 422 and "swap them" in answer.json()["detail"]
+
+
+def test_every_send_to_takes_the_interval(webui):
+    """The buttons under the gallery pair the fields of two tabs; all others read an image's parameters."""
+    from modules import shared
+
+    ours = [
+        "guidance_interval-checkbox",
+        *(f"guidance_interval_{c}" for c in ("preset", "sigma_lo", "sigma_hi", "passes")),
+    ]
+    config = shared.demo.get_config_file()
+    names = {c["id"]: c["props"].get("elem_id") or "" for c in config["components"]}
+    paired = read = 0
+    for dependency in config["dependencies"]:
+        inputs, outputs = ([names[i] for i in dependency[kind]] for kind in ("inputs", "outputs"))
+        for tab in ("txt2img", "img2img"):
+            if not {f"{tab}_prompt", f"{tab}_steps"} <= set(outputs):
+                continue
+            assert {f"{tab}_{name}" for name in ours} <= set(outputs)
+            if "txt2img_steps" not in inputs:
+                read += 1
+                continue
+            paired += 1
+            for name in ours:
+                assert inputs.index(f"txt2img_{name}") == outputs.index(f"{tab}_{name}"), name
+    assert paired >= 2 and read >= 4  # To img2img and inpaint; pasting in two tabs, PNG Info to three.
 
 
 def test_neighbours_keep_their_own_fields(generate):
@@ -392,8 +457,8 @@ def test_comparison(generate, judge, st):
     assert len(cells) == 6 and grid.width >= 3 * 64 and grid.height > 2 * 64
     assert [c.tobytes() for c in cells[:2]] == [i.tobytes() for i in everywhere.images[-2:]]
     assert [c.tobytes() for c in cells[2:4]] == [i.tobytes() for i in interval.images[-2:]]
-    assert "CFG everywhere" in processed.comments and "32 rows" in processed.comments
-    assert "16 rows" in processed.comments
+    assert "CFG everywhere" in processed.comments and "32 model runs" in processed.comments
+    assert "16 model runs" in processed.comments
     assert ["Guidance interval" in text for text in processed.infotexts[1:]] == [False] * 2 + [True] * 4
 
 
@@ -401,22 +466,17 @@ COMPARED = {
     "plain": {},
     "AND": {"prompt": "a cat AND a dog"},
     "weight": {"prompt": "a cat :0.5"},
-    "hires, first pass": {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, "hr_upscaler": "Latent"},
+    "hires, first pass": {},
 }
 
 
 @pytest.mark.parametrize("kind", [*COMPARED, "InstructPix2Pix"])
-def test_each_column_of_the_comparison_can_be_made_again(webui, generate, image, checkpoint, kind):
+def test_each_column_of_the_comparison_can_be_made_again(webui, generate, hires, image, checkpoint, kind):
     """By what stands in its parameters; conditional only is what the interval does outside."""
     from guidance_interval.a1111 import settings as st
     from modules import infotext_utils
-    from modules.processing import StableDiffusionProcessingTxt2Img
 
-    kwargs = dict(COMPARED.get(kind, {}))
-    if "enable_hr" in kwargs:
-        known = StableDiffusionProcessingTxt2Img.__dataclass_fields__
-        more = {"hr_additional_modules": ["Use same choices"], "hr_cfg": 7.0}
-        kwargs |= {k: v for k, v in more.items() if k in known}
+    kwargs = hires() if "hires" in kind else dict(COMPARED.get(kind, {}))
     if kind == "InstructPix2Pix":
         if webui.host == "forge":
             pytest.skip("Forge has no InstructPix2Pix")
@@ -425,10 +485,9 @@ def test_each_column_of_the_comparison_can_be_made_again(webui, generate, image,
     controls = [*CONTROLS[:3], "First pass only" if "hires" in kind else "Both passes"]
     _, processed = generate(script=[*controls, True], **kwargs)
     for text, cell in zip(processed.infotexts[1:], processed.images[1:], strict=True):
-        enabled, preset, lo, hi, passes = st.paste(infotext_utils.parse_generation_parameters(text))
-        _, again = generate(
-            accordion=[enabled, preset or "custom", lo or 0, hi or 0, passes or "Both passes"], **kwargs
-        )
+        found = st.paste(infotext_utils.parse_generation_parameters(text))
+        controls = [found.preset or "custom", found.sigma_lo or 0, found.sigma_hi or 0, found.passes or "Both passes"]
+        _, again = generate(accordion=[found.enabled, *controls], **kwargs)
         assert again.images[-1].tobytes() == cell.tobytes(), text
     assert "Guidance interval: conditional only" in processed.infotexts[-1]
 

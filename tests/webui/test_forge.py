@@ -1,6 +1,4 @@
-"""In the real Forge or reForge: every denoiser call judged against the unpatched host, sampler by feature."""
-
-from pathlib import Path
+"""In the real Forges: every denoiser call judged against the unpatched host, sampler by feature."""
 
 import pytest
 
@@ -23,25 +21,16 @@ SAMPLERS = [
 
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_call(judge, generate, report, sampler, feature):
+def test_every_call(judge, generate, report, need_sampler, sampler, feature):
     from guidance_interval.a1111 import settings
-    from modules import sd_samplers
 
-    if sampler not in sd_samplers.all_samplers_map:
-        pytest.skip(f"this host has no sampler {sampler!r}")
+    need_sampler(sampler)
     judged = judge(settings.from_controls(*INTERVAL))
     p, _ = generate(accordion=[True, *INTERVAL], sampler_name=sampler, steps=6, **FEATURES[feature])
     report(sampler, feature, judged)
     judged.check()
     assert p.sampler_name == sampler
     assert any(c["guided"] for c in judged.calls)
-
-
-def test_all_samplers_are_tested(webui):
-    from modules import sd_samplers
-
-    if Path("backend").is_dir():  # Forge; reForge has many more.
-        assert {s.name for s in sd_samplers.all_samplers} <= set(SAMPLERS)
 
 
 @pytest.mark.parametrize("other", ["PerturbedAttentionGuidance", "DynamicThresholding", "FreeU"])
@@ -70,8 +59,8 @@ def test_self_attention_guidance_keeps_its_uncond(judge, generate):
     assert len(set(limited.images[0].tobytes())) > 2  # No NaN, which shows as one colour.
 
 
-def test_the_samplers_of_reforge(judge, generate, report):
-    """Those that Forge does not have, one after the other."""
+def test_every_other_sampler(judge, generate, report):
+    """Those of reForge, Forge Neo and Forge Classic that Forge does not have, one after the other."""
     from guidance_interval.a1111 import settings
     from modules import sd_samplers
 
