@@ -41,14 +41,15 @@ def notes(live, prompt):
     return drawn(live, prompt)["notes"]
 
 
-SWITCH = {"20": node("PrimitiveBoolean", value=True)}
 STEPS = node("ComfySwitchNode", switch=["20", 0], on_false=["21", 0], on_true=4)
 CFG = node("ComfySwitchNode", switch=["20", 0], on_false=4.0, on_true=1.0)
 
 
 def test_the_hosts_switches_are_followed_for_values(live):
     values = {"steps": ["10", 0], "cfg": ["11", 0]}
-    prompt = prompt_with(values, n10=STEPS, n11=CFG, n21=node("PrimitiveInt", value=50), **SWITCH)
+    prompt = prompt_with(
+        values, n10=STEPS, n11=CFG, n21=node("PrimitiveInt", value=50), n20=node("PrimitiveBoolean", value=True)
+    )
     answer = drawn(live, prompt)
     assert (answer["steps"], answer["guided"], answer["nothing"], answer["notes"]) == (4, 0, "cfg", [])
     prompt["20"]["inputs"]["value"] = False
@@ -149,7 +150,7 @@ def test_inputs_that_grow_are_handed_on(host, live):
         pytest.skip("this host has none")
     both = node("ComfyAndNode", **{"values.value0": True, "values.value1": ["20", 0]})
     switch = node("ComfySwitchNode", switch=["9", 0], on_false=6, on_true=7)
-    prompt = prompt_with({"steps": ["10", 0]}, n9=both, n10=switch, **SWITCH)
+    prompt = prompt_with({"steps": ["10", 0]}, n9=both, n10=switch, n20=node("PrimitiveBoolean", value=True))
     assert drawn(live, prompt)["steps"] == 7
     prompt["20"]["inputs"]["value"] = False
     assert drawn(live, prompt)["steps"] == 6
