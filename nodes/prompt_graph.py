@@ -421,7 +421,9 @@ class Graph:
     def _light(self, key):
         """{input: (node, output)} of the links that the page sends."""
         links = {name: value for name, value in self.inputs_of(key).items() if is_link(value) and name not in NOT_SENT}
-        return {n: (str(v[0]), v[1]) for n, v in links.items() if self.input_type(key, n) not in HEAVY}
+        outputs = self._declared(self.type_of(key))[1] or self.nodes[key]["types"][1]
+        heavy = HEAVY - {"LATENT"} if {"MODEL", "SIGMAS"} & set(outputs) else HEAVY  # Whose size may count.
+        return {n: (str(v[0]), v[1]) for n, v in links.items() if self.input_type(key, n) not in heavy}
 
     # ------------------------------------------------------------------------
     # Values.

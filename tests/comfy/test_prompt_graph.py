@@ -339,6 +339,15 @@ def test_what_is_remembered_is_of_the_same_values(live):
     assert known(prompt)
     prompt["9"]["inputs"]["value"] = 4.0
     assert not known(prompt)
+
+    # So is the size of a latent, where it counts.
+    def digest(kind, width):
+        latent = node("EmptyLTXVLatentVideo", width=width, height=512, length=97)
+        made = node(kind, model=["1", 0], latent=["5", 0], max_shift=2.05, base_shift=0.95)
+        return live.prompt_graph.Graph({"4": made, "5": latent}).digest("4")
+
+    assert digest("ModelSamplingLTXV", 512) == digest("ModelSamplingLTXV", 512) != digest("ModelSamplingLTXV", 768)
+
     # Where a choice is open, nothing is remembered: it may have been the other one.
     prompt["9"] = node("SomebodysSwitch", on_true=["1", 0])
     prompt["2"]["inputs"]["model"] = ["7", 0]
