@@ -189,6 +189,8 @@ class Graph:
 
     def _is_sampler(self, key):
         inputs = self.inputs_of(key)
+        if self.type_of(key) in SAMPLERS:  # Whatever of its inputs is not there.
+            return True
         if "guider" in inputs:
             return "sigmas" in inputs
         if {"steps", "scheduler", "sampler_name"} <= inputs.keys():
@@ -428,13 +430,16 @@ class Graph:
     # ------------------------------------------------------------------------
     # Values.
 
-    def value(self, inputs, name, default, notes, kind=None, low=-math.inf, high=math.inf):
+    def value(self, inputs, name, default, notes, kind=None, low=-math.inf, high=math.inf, needed=False):
         """An input's value, through its link; `default`, noted, where it is unknown or not what the node takes.
 
-        kind: "INT" or "FLOAT", within the limits, or a function that says whether the value will do.
+        needed: also where there is none. kind: "INT" or "FLOAT", within the limits, or a function that says whether the
+        value will do.
         """
         given = inputs.get(name)
         if given is None:
+            if needed:
+                notes.append(["linked", f"{name} = {default}"])
             return default
         try:
             value = self.resolve(given)

@@ -320,6 +320,24 @@ def test_own_values_that_are_not_known_are_said(live):
     assert notes(live, prompt_with(n2=counted, n9=node("X"))) == [["unknown_sigmas", "X"]]
 
 
+def test_a_sampler_with_an_input_that_is_not_there(live):
+    """It is linked to a node that is muted, so that the page cannot send it."""
+    prompt = prompt_with()
+    for name in ("steps", "sampler_name", "scheduler", "cfg"):
+        del prompt["3"]["inputs"][name]
+    assert notes(live, prompt) == [
+        ["linked", "sampler_name = euler"],
+        ["linked", "scheduler = normal"],
+        ["linked", "steps = 20"],
+        ["cfg_unknown", "cfg"],
+    ]
+    prompt["3"] = node("SamplerCustom", model=["2", 0], cfg=4.0)
+    assert notes(live, prompt) == [["unknown_sigmas", "sigmas"], ["unknown_sampler", "sampler"]]
+    prompt["3"] = node("SamplerCustomAdvanced", guider=["9", 0])
+    prompt["9"] = node("CFGGuider", model=["2", 0], cfg=3.0)
+    assert notes(live, prompt) == [["unknown_sigmas", "sigmas"], ["unknown_sampler", "sampler"]]
+
+
 def test_what_is_remembered_is_of_the_same_values(live):
     """A shift that is linked is part of what led to the model."""
     prompt = prompt_with(
