@@ -587,10 +587,14 @@ def _declared(kind):
     try:
         declared = cls.INPUT_TYPES()
         fields = {**declared.get("required", {}), **declared.get("optional", {})}
-        inputs = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in fields.items()}
-        return inputs, [of if isinstance(of, str) else "COMBO" for of in cls.RETURN_TYPES]
+        return {name: _plain(spec[0]) for name, spec in fields.items()}, [_plain(of) for of in cls.RETURN_TYPES]
     except Exception:  # Of any kind: a pack's class whose declaration asks for what is not there.
         return None, None
+
+
+def _plain(kind):
+    """A type by its name: packs have classes of text that equal every other."""
+    return str.__str__(kind) if isinstance(kind, str) else "COMBO"
 
 
 def _may_carry(kind):

@@ -306,6 +306,43 @@ def test_a_model_that_goes_on_where_nothing_is_known(live):
     assert (answer["steps"], answer["notes"]) == (8, [["choice", "SomebodysSwitch"]])
 
 
+def test_types_that_equal_every_other(host, live, monkeypatch):
+    class Any(str):
+        def __eq__(self, other):
+            return True
+
+        def __ne__(self, other):
+            return False
+
+        __hash__ = str.__hash__
+
+    class Flexible(dict):
+        def __contains__(self, key):
+            return True
+
+        def __getitem__(self, key):
+            return (Any("*"),)
+
+    class Switch:
+        INPUT_TYPES = staticmethod(lambda: {"required": {"select": ("INT",)}, "optional": Flexible()})
+        RETURN_TYPES = (Any("*"), "STRING")
+
+    class Broken:
+        @staticmethod
+        def INPUT_TYPES():
+            raise RuntimeError("a file is missing")
+
+    monkeypatch.setitem(host.nodes, "SomebodysSwitch", Switch)
+    monkeypatch.setitem(host.nodes, "SomebodysBroken", Broken)
+    prompt = prompt_with({"model": ["9", 0]}, n9=node("SomebodysSwitch", select=1, any1=["2", 0], any2=["1", 0]))
+    assert notes(live, prompt) == [["choice", "SomebodysSwitch"]]
+    prompt["3"]["inputs"]["model"] = ["9", 1]  # A text.
+    assert notes(live, prompt) == [["no_sampler", 20]]
+    prompt["3"]["inputs"]["model"] = ["9", 0]
+    prompt["9"] = node("SomebodysBroken", model=["2", 0])
+    assert notes(live, prompt) == []
+
+
 def test_own_values_that_are_not_known_are_said(live):
     prompt = prompt_with(n9=node("SomebodysNumber"))
     prompt["2"]["inputs"] |= {"sigma_lo": ["9", 0], "units": ["9", 0]}
