@@ -324,7 +324,7 @@ def test_types_that_equal_every_other(host, live, monkeypatch):
             return (Any("*"),)
 
     class Switch:
-        INPUT_TYPES = staticmethod(lambda: {"required": {"select": ("INT",)}, "optional": Flexible()})
+        INPUT_TYPES = staticmethod(lambda: {"required": {"any1": (Any("*"),)}, "optional": Flexible(any2=(Any("*"),))})
         RETURN_TYPES = (Any("*"), "STRING")
 
     class Broken:
