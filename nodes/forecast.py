@@ -117,13 +117,15 @@ def _sampling(graph, sampler_id, notes):
     scheduler, levels = ASSUMED["scheduler"], None
     if sampler_id is None:
         sampler, name, key = _by_name(ASSUMED["sampler"])
-    elif "sigmas" in inputs:
-        levels = _levels(graph, inputs["sigmas"], notes)
+    elif "sigmas" in inputs or graph.type_of(sampler_id).startswith("SamplerCustom"):
+        levels = _levels(graph, inputs.get("sigmas"), notes)
         scheduler = scheduler if levels is None else _scheduler_name(graph, inputs["sigmas"])
         sampler, name, key = _sampler(graph, inputs.get("sampler"), notes)
     else:
-        name = graph.value(inputs, "sampler_name", ASSUMED["sampler"], notes, _is_sampler_name)
-        scheduler = graph.value(inputs, "scheduler", ASSUMED["scheduler"], notes, pure_nodes.host_scheduler)
+        name = graph.value(inputs, "sampler_name", ASSUMED["sampler"], notes, _is_sampler_name, needed=True)
+        scheduler = graph.value(
+            inputs, "scheduler", ASSUMED["scheduler"], notes, pure_nodes.host_scheduler, needed=True
+        )
         levels = _ksampler_levels(graph, model, name, scheduler, inputs, notes)
         sampler, name, key = _by_name(name)
     if levels is None:
@@ -183,7 +185,7 @@ def _weight(graph, inputs, name, notes):
 
 
 def _ksampler_levels(graph, model, name, scheduler, inputs, notes):
-    steps = graph.value(inputs, "steps", ASSUMED["steps"], notes, "INT", 1)
+    steps = graph.value(inputs, "steps", ASSUMED["steps"], notes, "INT", 1, needed=True)
     denoise = graph.value(inputs, "denoise", ASSUMED["denoise"], notes, "FLOAT", 0, 1)
     pure_nodes.check_size(steps, denoise)
     made = comfy.samplers.KSampler(model, steps, torch.device("cpu"), name, scheduler, denoise)

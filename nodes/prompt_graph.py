@@ -189,6 +189,8 @@ class Graph:
 
     def _is_sampler(self, key):
         inputs = self.inputs_of(key)
+        if self.type_of(key) in SAMPLERS:  # Whatever of its inputs is not there.
+            return True
         if "guider" in inputs:
             return "sigmas" in inputs
         if {"steps", "scheduler", "sampler_name"} <= inputs.keys():
@@ -421,18 +423,23 @@ class Graph:
     def _light(self, key):
         """{input: (node, output)} of the links that the page sends."""
         links = {name: value for name, value in self.inputs_of(key).items() if is_link(value) and name not in NOT_SENT}
-        return {n: (str(v[0]), v[1]) for n, v in links.items() if self.input_type(key, n) not in HEAVY}
+        outputs = self._declared(self.type_of(key))[1] or self.nodes[key]["types"][1]
+        heavy = HEAVY - {"LATENT"} if {"MODEL", "SIGMAS"} & set(outputs) else HEAVY  # Whose size may count.
+        return {n: (str(v[0]), v[1]) for n, v in links.items() if self.input_type(key, n) not in heavy}
 
     # ------------------------------------------------------------------------
     # Values.
 
-    def value(self, inputs, name, default, notes, kind=None, low=-math.inf, high=math.inf):
+    def value(self, inputs, name, default, notes, kind=None, low=-math.inf, high=math.inf, needed=False):
         """An input's value, through its link; `default`, noted, where it is unknown or not what the node takes.
 
-        kind: "INT" or "FLOAT", within the limits, or a function that says whether the value will do.
+        needed: also where there is none. kind: "INT" or "FLOAT", within the limits, or a function that says whether the
+        value will do.
         """
         given = inputs.get(name)
         if given is None:
+            if needed:
+                notes.append(["linked", f"{name} = {default}"])
             return default
         try:
             value = self.resolve(given)
@@ -580,10 +587,14 @@ def _declared(kind):
     try:
         declared = cls.INPUT_TYPES()
         fields = {**declared.get("required", {}), **declared.get("optional", {})}
-        inputs = {name: spec[0] if isinstance(spec[0], str) else "COMBO" for name, spec in fields.items()}
-        return inputs, [of if isinstance(of, str) else "COMBO" for of in cls.RETURN_TYPES]
+        return {name: _plain(spec[0]) for name, spec in fields.items()}, [_plain(of) for of in cls.RETURN_TYPES]
     except Exception:  # Of any kind: a pack's class whose declaration asks for what is not there.
         return None, None
+
+
+def _plain(kind):
+    """A type by its name: packs have classes of text that equal every other."""
+    return str.__str__(kind) if isinstance(kind, str) else "COMBO"
 
 
 def _may_carry(kind):

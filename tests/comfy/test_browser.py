@@ -225,7 +225,7 @@ def test_links_are_followed_through_reroutes_bypassed_nodes_and_subgraphs(open_p
     load(page, load_workflow("02_drag_it"))
     page.evaluate(FOLLOWED)
     says(page, "of 10 steps guided")
-    assert "no sampler" not in page.locator(".gi-live .note").inner_text()
+    assert "sampler connected" not in page.locator(".gi-live .note").inner_text()
     page.evaluate(
         """() => {
             const { app } = comfyAPI.app;
@@ -254,7 +254,7 @@ def test_without_a_sampler_the_picture_says_what_it_assumes(open_page):
     load(page, load_workflow("02_drag_it"))
     page.evaluate("() => comfyAPI.app.app.graph.nodes.find((n) => n.type === 'KSampler').disconnectInput(0)")
     says(page, "of 20 steps guided")
-    assert "no sampler connected, assuming 20 steps" in page.locator(".gi-live .note").inner_text()
+    assert "no active sampler connected, assuming 20 steps" in page.locator(".gi-live .note").inner_text()
 
 
 SET = """([type, name, value]) => {

@@ -41,14 +41,15 @@ def notes(live, prompt):
     return drawn(live, prompt)["notes"]
 
 
-SWITCH = {"20": node("PrimitiveBoolean", value=True)}
 STEPS = node("ComfySwitchNode", switch=["20", 0], on_false=["21", 0], on_true=4)
 CFG = node("ComfySwitchNode", switch=["20", 0], on_false=4.0, on_true=1.0)
 
 
 def test_the_hosts_switches_are_followed_for_values(live):
     values = {"steps": ["10", 0], "cfg": ["11", 0]}
-    prompt = prompt_with(values, n10=STEPS, n11=CFG, n21=node("PrimitiveInt", value=50), **SWITCH)
+    prompt = prompt_with(
+        values, n10=STEPS, n11=CFG, n21=node("PrimitiveInt", value=50), n20=node("PrimitiveBoolean", value=True)
+    )
     answer = drawn(live, prompt)
     assert (answer["steps"], answer["guided"], answer["nothing"], answer["notes"]) == (4, 0, "cfg", [])
     prompt["20"]["inputs"]["value"] = False
@@ -149,7 +150,7 @@ def test_inputs_that_grow_are_handed_on(host, live):
         pytest.skip("this host has none")
     both = node("ComfyAndNode", **{"values.value0": True, "values.value1": ["20", 0]})
     switch = node("ComfySwitchNode", switch=["9", 0], on_false=6, on_true=7)
-    prompt = prompt_with({"steps": ["10", 0]}, n9=both, n10=switch, **SWITCH)
+    prompt = prompt_with({"steps": ["10", 0]}, n9=both, n10=switch, n20=node("PrimitiveBoolean", value=True))
     assert drawn(live, prompt)["steps"] == 7
     prompt["20"]["inputs"]["value"] = False
     assert drawn(live, prompt)["steps"] == 6
@@ -305,6 +306,43 @@ def test_a_model_that_goes_on_where_nothing_is_known(live):
     assert (answer["steps"], answer["notes"]) == (8, [["choice", "SomebodysSwitch"]])
 
 
+def test_types_that_equal_every_other(host, live, monkeypatch):
+    class Any(str):
+        def __eq__(self, other):
+            return True
+
+        def __ne__(self, other):
+            return False
+
+        __hash__ = str.__hash__
+
+    class Flexible(dict):
+        def __contains__(self, key):
+            return True
+
+        def __getitem__(self, key):
+            return (Any("*"),)
+
+    class Switch:
+        INPUT_TYPES = staticmethod(lambda: {"required": {"any1": (Any("*"),)}, "optional": Flexible(any2=(Any("*"),))})
+        RETURN_TYPES = (Any("*"), "STRING")
+
+    class Broken:
+        @staticmethod
+        def INPUT_TYPES():
+            raise RuntimeError("a file is missing")
+
+    monkeypatch.setitem(host.nodes, "SomebodysSwitch", Switch)
+    monkeypatch.setitem(host.nodes, "SomebodysBroken", Broken)
+    prompt = prompt_with({"model": ["9", 0]}, n9=node("SomebodysSwitch", select=1, any1=["2", 0], any2=["1", 0]))
+    assert notes(live, prompt) == [["choice", "SomebodysSwitch"]]
+    prompt["3"]["inputs"]["model"] = ["9", 1]  # A text.
+    assert notes(live, prompt) == [["no_sampler", 20]]
+    prompt["3"]["inputs"]["model"] = ["9", 0]
+    prompt["9"] = node("SomebodysBroken", model=["2", 0])
+    assert notes(live, prompt) == []
+
+
 def test_own_values_that_are_not_known_are_said(live):
     prompt = prompt_with(n9=node("SomebodysNumber"))
     prompt["2"]["inputs"] |= {"sigma_lo": ["9", 0], "units": ["9", 0]}
@@ -317,6 +355,24 @@ def test_own_values_that_are_not_known_are_said(live):
     assert notes(live, prompt_with({"scheduler": "of a pack"})) == [["unknown", "scheduler = 'of a pack'"]]
     counted = node("GuidanceIntervalSteps", model=["1", 0], first_step=2, last_step=4, sigmas=["9", 0])
     assert notes(live, prompt_with(n2=counted, n9=node("X"))) == [["unknown_sigmas", "X"]]
+
+
+def test_a_sampler_with_an_input_that_is_not_there(live):
+    """It is linked to a node that is muted, so that the page cannot send it."""
+    prompt = prompt_with()
+    for name in ("steps", "sampler_name", "scheduler", "cfg"):
+        del prompt["3"]["inputs"][name]
+    assert notes(live, prompt) == [
+        ["linked", "sampler_name = euler"],
+        ["linked", "scheduler = normal"],
+        ["linked", "steps = 20"],
+        ["cfg_unknown", "cfg"],
+    ]
+    prompt["3"] = node("SamplerCustom", model=["2", 0], cfg=4.0)
+    assert notes(live, prompt) == [["unknown_sigmas", "sigmas"], ["unknown_sampler", "sampler"]]
+    prompt["3"] = node("SamplerCustomAdvanced", guider=["9", 0])
+    prompt["9"] = node("CFGGuider", model=["2", 0], cfg=3.0)
+    assert notes(live, prompt) == [["unknown_sigmas", "sigmas"], ["unknown_sampler", "sampler"]]
 
 
 def test_what_is_remembered_is_of_the_same_values(live):
@@ -338,6 +394,15 @@ def test_what_is_remembered_is_of_the_same_values(live):
     assert known(prompt)
     prompt["9"]["inputs"]["value"] = 4.0
     assert not known(prompt)
+
+    # So is the size of a latent, where it counts.
+    def digest(kind, width):
+        latent = node("EmptyLTXVLatentVideo", width=width, height=512, length=97)
+        made = node(kind, model=["1", 0], latent=["5", 0], max_shift=2.05, base_shift=0.95)
+        return live.prompt_graph.Graph({"4": made, "5": latent}).digest("4")
+
+    assert digest("ModelSamplingLTXV", 512) == digest("ModelSamplingLTXV", 512) != digest("ModelSamplingLTXV", 768)
+
     # Where a choice is open, nothing is remembered: it may have been the other one.
     prompt["9"] = node("SomebodysSwitch", on_true=["1", 0])
     prompt["2"]["inputs"]["model"] = ["7", 0]
