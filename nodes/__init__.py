@@ -92,7 +92,7 @@ def _limited(node, model, sigma_lo, sigma_hi, units, outside):
 
 
 def _patched(node, model, resolve, outside=model_patch.COND_ONLY):
-    return model_patch.patch_model(model, resolve, outside, live.teller(node, model))
+    return model_patch.patch_model(model, resolve, outside, live.teller(node, model), live.stages(node))
 
 
 CFG_TIP = "Guidance weight inside the interval; the best one is usually higher than without."

@@ -59,12 +59,7 @@ def forecast(prompt, node_id):
         raise ValueError(f"node {node_id!r} of this prompt is no guidance interval")
     notes = []
     sampler_id = graph.find_sampler(notes)
-    parts = _sampling(graph, sampler_id, notes)
-    counted = parts.levels
-    if graph.type_of(node_id) == "GuidanceIntervalSteps" and graph.inputs_of(node_id).get("sigmas") is not None:
-        given = _levels(graph, graph.inputs_of(node_id)["sigmas"], notes)
-        counted = parts.levels if given is None else given
-    interval = _interval(graph, node_id, parts.model, counted, notes)
+    parts, counted, interval = _limited(graph, sampler_id, notes)
     evaluated, hurried = None, False
     try:
         if not pure_nodes.is_host_sampler(parts.sampler):
@@ -93,8 +88,30 @@ def forecast(prompt, node_id):
     )
 
 
+def guides_a_stage(prompt):
+    """Whether any sampler of `prompt` has steps in the interval of a node before it. What is unknown is assumed."""
+    ours = [key for key, node in Graph(prompt).nodes.items() if node["class_type"] in LIMITING]
+    for graph in (Graph(prompt, node_id) for node_id in ours):
+        for sampler_id in graph.samplers([]):
+            parts, _, interval = _limited(graph, sampler_id, [])
+            if parts.nothing is None and interval.mask(parts.levels[:-1]).any():
+                return True
+    return False
+
+
 # ----------------------------------------------------------------------------
 # What a sampler does.
+
+
+def _limited(graph, sampler_id, notes):
+    """(_Parts of the run, the levels that the interval node counts steps in, its GuidanceInterval)."""
+    node_id = graph.toward
+    parts = _sampling(graph, sampler_id, notes)
+    counted = parts.levels
+    if graph.type_of(node_id) == "GuidanceIntervalSteps" and graph.inputs_of(node_id).get("sigmas") is not None:
+        given = _levels(graph, graph.inputs_of(node_id)["sigmas"], notes)
+        counted = parts.levels if given is None else given
+    return parts, counted, _interval(graph, node_id, parts.model, counted, notes)
 
 
 @dataclass

@@ -186,11 +186,36 @@ def teller(node, model):
     return tell
 
 
+def stages(node):
+    """A function that says whether any sampler of the running prompt has steps in an interval, or None if unknown.
+
+    node: the class that executes, with its hidden inputs.
+    """
+    given = getattr(getattr(node, "hidden", None), "prompt", None)
+
+    def guided():
+        try:
+            return forecast.guides_a_stage(_running(_server(), 2) or given)
+        except Exception:  # Of any kind: then what is said is of the one run alone.
+            log.debug("Guidance Interval: stages unknown", exc_info=True)
+            return False
+
+    return guided if given else None
+
+
 def _workflow(server):
     """The id of the workflow that is running, or None. A node that is cached was executed for another one, perhaps."""
     try:
+        return _running(server, 3)["extra_pnginfo"]["workflow"]["id"]
+    except (KeyError, TypeError):
+        return None
+
+
+def _running(server, index):
+    """A part of the host's entry for the prompt that is running: 2, the prompt; 3, what came with it. Or None."""
+    try:
         (entry,) = server.prompt_queue.currently_running.values()
-        return entry[3]["extra_pnginfo"]["workflow"]["id"]
+        return entry[index]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
 

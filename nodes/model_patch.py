@@ -249,12 +249,14 @@ class IntervalPatch:
     """The two wrappers, and the settings they act by.
 
     resolve: model_sampling -> GuidanceInterval in the model's own noise levels. outside: one of OUTSIDE. tell: is
-    given what each run was (`SamplingRun.report`), or None.
+    given what each run was (`SamplingRun.report`), or None. stages: whether any run of the prompt has guided steps, or
+    None where that is not known.
     """
 
     resolve: Callable
     outside: str = COND_ONLY
     tell: Callable | None = None
+    stages: Callable | None = None
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
@@ -264,7 +266,11 @@ class IntervalPatch:
         known = evaluates_each_level_once(sampler) and reading_waits(guider.model_patcher.load_device)
         run = SamplingRun(interval, KnownSchedule(levels) if known else None)
         if len(levels) and interval is not NOWHERE and not interval.mask(levels).any():
-            run.say(_unused(interval, levels, model_sampling), logging.WARNING)
+            unused = _unused(interval, levels, model_sampling)
+            if self.stages is not None and self.stages():  # Of two samplers that share the steps, one may have none.
+                run.say(f"{unused}: none of this stage is guided")
+            else:
+                run.say(f"{unused}: nothing will be guided", logging.WARNING)
         conds = {kind: [c.copy() for c in of] for kind, of in guider.conds.items()} if known else None
         out, start = self._sample(run, executor, noise, latent_image, sampler, sigmas, *args, **kwargs)
         if known and not run.schedule.was_kept():
@@ -344,10 +350,10 @@ class IntervalPatch:
         return host.sampling_function(model, x, sigma, cond, 1.0, {**model_options, host.POST_CFG: kept}, seed)
 
 
-def patch_model(model, resolve, outside=COND_ONLY, tell=None):
+def patch_model(model, resolve, outside=COND_ONLY, tell=None, stages=None):
     """A clone of `model` (a ModelPatcher) that is guided in the interval alone; an earlier interval is replaced."""
     model = unpatch_model(model)
-    patch = IntervalPatch(resolve, outside, tell)
+    patch = IntervalPatch(resolve, outside, tell, stages)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, host.KEY, patch.outer_sample)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, host.KEY, patch.predict_noise)
     return model
@@ -384,4 +390,4 @@ def _unused(interval, levels, model_sampling):
     if isinstance(model_sampling, comfy.model_sampling.CONST):
         high, low = (from_model_sigma(s, model_sampling) for s in (high, low))
         text += f", in the flow model's own t (as noise relative to the data, the schedule is {high:.4g} to {low:.4g})"
-    return f"{text}: nothing will be guided"
+    return text

@@ -137,7 +137,14 @@ class Graph:
     # Down to the sampler.
 
     def find_sampler(self, notes):
-        """The id of the sampler that samples what the interval node gives, or None."""
+        """The id of the first sampler that samples what the interval node gives, or None."""
+        found = self.samplers(notes)
+        if len(found) > 1:
+            notes.append(["samplers", f"{self.type_of(found[0])} #{found[0]}"])
+        return found[0] if found else None
+
+    def samplers(self, notes):
+        """The ids of the samplers that sample what the interval node gives; notes say why there is none."""
         node_id = self.toward
         found, ends, seen, front = [], [], {node_id}, [node_id]
         replaced = None
@@ -170,9 +177,7 @@ class Graph:
         if replaced:
             notes.append(["replaced", replaced])
         if samples:
-            if len(samples) > 1:
-                notes.append(["samplers", f"{self.type_of(samples[0])} #{samples[0]}"])
-            return samples[0]
+            return samples
         blind = [self.type_of(key) for key in ends if not self._gives_a_model(key)]
         if elsewhere:
             notes.append(["switched_off", elsewhere])
@@ -180,7 +185,7 @@ class Graph:
             notes.append(["unfollowed", blind[0]])
         elif not replaced:
             notes.append(["no_sampler", ASSUMED["steps"]])
-        return None
+        return []
 
     def _gives_a_model(self, key):
         """Whether a node has an output for the model, so that a sampler could come after it."""

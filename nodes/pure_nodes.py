@@ -189,6 +189,7 @@ _FUNCTIONS = {"min": min, "max": max, "abs": abs, "round": round, "int": int, "f
     name: getattr(math, name) for name in ("sqrt", "ceil", "floor", "log", "log2", "log10", "sin", "cos", "tan")
 }
 _LARGEST = 2**53  # Up to here whole numbers and floats are the same.
+_DIGITS = 17  # Rounded to as many before the point, numbers up to there are 0.
 
 
 def calculate(expression, values):
@@ -239,6 +240,8 @@ def _calculate(tree, values):
             value = of(ast.BinOp(base, ast.Pow(), exponent))
         case ast.Call(func=ast.Name(id="sum"), args=parts, keywords=[]) if len(parts) > 1:
             value = sum(of(part) for part in parts)
+        case ast.Call(func=ast.Name(id="round"), args=[number, digits], keywords=[]):
+            value = round(of(number), max(of(digits), -_DIGITS))  # Python raises 10 to the power of their number.
         case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]) if name in _FUNCTIONS and len(parts) < 9:
             value = _FUNCTIONS[name](*(of(part) for part in parts))
         case _:

@@ -333,12 +333,14 @@ def test_headers_of_files_are_bounded(host, live, tmp_path, monkeypatch):
         ("a and b", 2),
         ("int(2.7) + float(1) + sqrt(4) + log2(8)", 8),
         ("a != 3", False),
+        ("round(a * 4.6, 1) + round(1234, -2)", 1213.8),
+        ("round(a, -10**9 * 10**6)", 0),  # Python would raise 10 to that power.
     ],
 )
 def test_arithmetic_is_the_hosts(host, live, expression, value):
     got = live.pure_nodes.calculate(expression, {"a": 3, "b": 2})
     assert got == (float(value), int(value), bool(value)) and list(map(type, got)) == [float, int, bool]
-    if "ComfyMathExpression" in host.nodes:
+    if "ComfyMathExpression" in host.nodes and "10**9" not in expression:
         out = harness.run_node(host, "ComfyMathExpression", expression=expression, values={"a": 3, "b": 2})
         assert got == out
 

@@ -333,6 +333,48 @@ def test_the_nodes_are_found_by_what_users_call_them(object_info):
 
 
 # ----------------------------------------------------------------------------
+# Stages: samplers that share the steps of a run.
+
+
+def two_stages(bounds, seed, own_node=False):
+    """8 steps from sigma 80, 4 for each of two samplers, behind one interval node or behind one each."""
+    prompt = {"1": {"class_type": "GuidanceIntervalDemoModel", "inputs": {"batch_size": 1}}}
+    for key, subgroup in (("2", "cat-face"), ("3", "none")):
+        prompt[key] = {"class_type": "GuidanceIntervalDemoPrompt", "inputs": {"subgroup": subgroup}}
+    limits = dict(zip(("sigma_lo", "sigma_hi"), bounds, strict=True))
+    for key in ("4", "5"):
+        prompt[key] = {"class_type": "GuidanceInterval", "inputs": {"model": ["1", 0], **limits}}
+    same = {"positive": ["2", 0], "negative": ["3", 0], "noise_seed": seed, "steps": 8, "cfg": 4.0}
+    same |= {"sampler_name": "euler", "scheduler": "karras"}
+    first = {"start_at_step": 0, "end_at_step": 4, "add_noise": "enable", "return_with_leftover_noise": "enable"}
+    second = {"start_at_step": 4, "end_at_step": 99, "add_noise": "disable", "return_with_leftover_noise": "disable"}
+    for key, model, latent, steps in (("6", "4", ["1", 2], first), ("7", "5" if own_node else "4", ["6", 0], second)):
+        inputs = {**same, **steps, "model": [model, 0], "latent_image": latent}
+        prompt[key] = {"class_type": "KSamplerAdvanced", "inputs": inputs}
+    prompt["8"] = {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["1", 1]}}
+    prompt["9"] = {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "stages"}}
+    return prompt
+
+
+@pytest.mark.parametrize("own_node", [False, True], ids=["one node", "a node each"])
+def test_a_stage_without_guided_steps_is_no_reason_to_warn(server, own_node):
+    """While another stage has some; a warning is only for a prompt in which no sampler has."""
+
+    def said(*args):
+        before = len((server.folder / "log.txt").read_text())
+        server.run(two_stages(*args, own_node=own_node))
+        return (server.folder / "log.txt").read_text()[before:]
+
+    for bounds in ((0.005, 1.0), (20.0, 100.0)):  # Steps of the second, and of the first.
+        log = said(bounds, 1)
+        assert log.count("none of this stage is guided") == 1 and "nothing will be guided" not in log
+    log = said((20.0, 100.0), 1)  # Nothing is executed again: nothing to say.
+    assert "Guidance Interval" not in log
+    log = said((500.0, 600.0), 2)
+    assert log.count("nothing will be guided") == 2 and "none of this stage" not in log
+
+
+# ----------------------------------------------------------------------------
 # The demo model, whole.
 
 
