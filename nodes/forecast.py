@@ -182,8 +182,9 @@ def _rows_guided(graph, sampler_id, sampler_name, notes):
         return 1, "guider"
     if kind in ROWS_GUIDED:
         return ROWS_GUIDED[kind], None
-    if kind not in GUIDERS if guider_id else "guider" in graph.inputs_of(sampler_id):
-        notes.append(["unknown_guider", kind or ""])
+    known = kind in GUIDERS if guider_id else "guider" not in inputs
+    if not known:
+        notes.append(["unknown_guider", kind or "?"])
     weights = [_weight(graph, inputs, name, notes) for name in GUIDERS.get(kind, ("cfg",))]
     if any(weight is None or not math.isclose(weight, 1.0) for weight in weights) or "_cfg_pp" in sampler_name:
         return 2, None  # Samplers of CFG++ ask for uncond at any cfg.
