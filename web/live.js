@@ -176,6 +176,10 @@ function describeRun(run) {
   const seconds = (s) => s.toFixed(s < 10 ? 2 : 0);
   const share = run.rows_cfg ? Math.round(100 * (1 - run.rows / run.rows_cfg)) : 0;
   const values = { rows: run.rows, cfg: run.rows_cfg, seconds: seconds(run.seconds), share: percent(share) };
+  if (run.left) {
+    const [code, value] = run.left;
+    return fill(strings.ran_left, { ...values, why: fill(strings.left[code] ?? code, { value }) });
+  }
   if (run.seconds_cfg == null) return fill(run.rows_cfg ? strings.ran_rows : strings.ran, values);
   return fill(strings.ran_all, { ...values, cfg_seconds: seconds(run.seconds_cfg) });
 }
@@ -187,7 +191,8 @@ async function load() {
   const of = (name) => all[name]?.guidanceInterval;
   const english = of("en");
   const own = of(locale) ?? {};
-  return { ...english, ...own, notes: { ...english.notes, ...own.notes } };
+  const both = (key) => ({ ...english[key], ...own[key] });
+  return { ...english, ...own, notes: both("notes"), left: both("left") };
 }
 
 // ---------------------------------------------------------------------------

@@ -334,6 +334,16 @@ def test_a_run_is_said_with_the_sampler_that_made_it(english):
     assert runs(english, old, old, shown=None) == one
 
 
+def test_a_run_that_was_left_as_it_is_is_said_with_the_reason(english, host):
+    report = {"rows": 40, "rows_cfg": None, "seconds": 3, "seconds_cfg": None, "sampler": "3", "prompt": "p"}
+    said = runs(english, report | {"left": ["past", "NAGCFGGuider"]})
+    assert said == "Last run: 40 rows, 3.00 s. Not limited: NAGCFGGuider evaluates the model in a way of its own"
+    assert runs(words("ja"), report | {"left": ["cfg_one", ""]}).startswith("前回の実行：40 行、3.00 秒。cfg が 1 だった")
+    assert runs(english, report | {"left": ["new code", ""]}) == "Last run: 40 rows, 3.00 s. new code"
+    for language in ("en", "ja"):
+        assert strings(language)["left"].keys() == harness.our_module(host, "model_patch").LEFT.keys()
+
+
 # ----------------------------------------------------------------------------
 # Asking.
 
@@ -512,7 +522,7 @@ def test_a_value_is_set_as_the_user_would(english):
 
 def test_strings_fall_back_to_english():
     context = words("en")
-    answer = {"en": {"guidanceInterval": {"a": "A", "b": "B", "notes": {"x": "X", "y": "Y"}}}}
+    answer = {"en": {"guidanceInterval": {"a": "A", "b": "B", "notes": {"x": "X", "y": "Y"}, "left": {"z": "Z"}}}}
     answer["ja"] = {"guidanceInterval": {"a": "あ", "notes": {"x": "え"}}}
     context.eval(f"answers = [() => Promise.resolve({{ json: () => Promise.resolve({json.dumps(answer)}) }})]")
     context.eval("app.ui.settings.getSettingValue = () => 'ja'")
@@ -520,6 +530,7 @@ def test_strings_fall_back_to_english():
         "a": "あ",
         "b": "B",
         "notes": {"x": "え", "y": "Y"},
+        "left": {"z": "Z"},
     }
 
 
