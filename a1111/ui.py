@@ -52,7 +52,8 @@ def remember(component, elem_id):
     for tab, names in CONTROLS.items():
         if elem_id in names:
             _seen[tab][names[elem_id]] = component
-        elif elem_id == f"generation_info_{tab}":  # Changes when an image is done; by then a model is loaded.
+        # Changes when an image is done; by then a model is loaded. (Gradio 4 fires html_log_* without end.)
+        elif elem_id == f"generation_info_{tab}":
             for redraw in _redraw[tab]:
                 component.change(**redraw)
 

@@ -156,6 +156,20 @@ def test_an_image_draws_the_picture_once_more_and_then_all_is_quiet(page, monkey
     assert opaque(page) == 1 and len(drawn) <= 4  # Accordion and script, in the tab of the image.
 
 
+def test_the_bars_stay_while_an_image_is_made(page):
+    from modules import call_queue
+
+    with call_queue.queue_lock:
+        field = page.locator("#txt2img_steps input[type=number]")
+        field.fill("33")
+        field.press("Tab")
+        page.wait_for_function(
+            f"() => gradioApp().querySelector('{PICTURE}').textContent.includes('An image is being made')"
+        )
+        assert page.locator(f"{PICTURE} svg rect").count() > 1
+        assert opaque(page) < 1
+
+
 def test_begins_stands_left_of_ends_as_in_the_picture(page):
     begins, ends = (page.locator(f"#txt2img_guidance_interval_{n}").bounding_box() for n in ("sigma_hi", "sigma_lo"))
     assert begins["x"] < ends["x"] and begins["y"] == ends["y"]
