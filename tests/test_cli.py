@@ -327,6 +327,24 @@ def test_a_module_of_ours_that_is_missing_is_a_bug_and_another_s_is_not(monkeypa
                 cli.main(["demo"])
 
 
+@pytest.mark.parametrize(
+    ("error", "given", "told"),
+    [
+        ("--out 'a' is a file", ["--out", "a"], "--out 'a' is a file"),
+        ("'http://me:se/cr@t@host:1' fails", ["http://me:se/cr@t@host:1"], "'http://host:1' fails"),
+        ("http://me:pw@host/x?y fails", ["--server=http://me:pw@host"], "http://host/x?y fails"),
+        ("give postgresql://user:password@host/name", ["x"], "give postgresql://user:password@host/name"),
+        (f"no {'x' * 500!r}", ["--a", "x" * 500], f"no '{'x' * 37}...{'x' * 38}'"),
+        (f"no {'x' * 500} there", [f"--a={'x' * 500}"], f"no {'x' * 37}...{'x' * 38} there"),
+        ("red \x1b[31m\nline\u202e", [], r"red \x1b[31m\nline\u202e"),
+        ("a" * 999 + "z", [], "a" * 999 + "z"),
+        ("a" * 1000 + "z", [], "a" * 800 + " ... " + "a" * 194 + "z"),
+    ],
+)
+def test_errors_repeat_no_password_and_nothing_at_length(error, given, told):
+    assert errors.told(error, given) == told
+
+
 def test_the_library_s_errors_stay_what_they_are_and_are_told_where_input_is_judged():
     with pytest.raises(errors.UserError, match="sigma_lo must be a number, got 'a'"), errors.user_input():
         demo.GuidanceInterval("a")
@@ -462,6 +480,15 @@ def test_writers_of_one_file_take_turns(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_nothing_is_moved_into_the_place_of_a_device(paths):
+    for write in (files.output_file, lambda path: files.atomic_path(path).__enter__()):
+        for name in ("fifo", "folder", "/dev/null"):
+            with pytest.raises(errors.UserError, match=f"'{name}' is a folder or a device; name the file to write"):
+                write(name)
+    assert stat.S_ISFIFO(os.stat("fifo").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert files.output_file("new/file") == Path("new/file") and Path("new").is_dir()
+
+
 def test_what_a_killed_writer_left_is_overwritten(tmp_path):
     (tmp_path / ".file.tmp").write_text("half of something longer than what is next")
     with files.atomic_path(tmp_path / "file") as tmp:
@@ -480,6 +507,27 @@ def test_pictures_are_there_before_the_table_is_printed(monkeypatch, capsys, tmp
 
 # ----------------------------------------------------------------------------
 # Output and interruption.
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", [80, 100, 198])
+def test_a_table_fits_the_terminal_and_is_markdown_elsewhere(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    head = ["setting", *(f"measure {i} [95 % interval]" for i in range(6))]
+    body = [[f"best-{i}: (0.1, 5.42] w=3", *(f"{i}.{j} (+0.10 [-0.20, +0.40])" for j in range(6))] for i in range(3)]
+    markdown = files.aligned(head, body)
+    assert files.printed(head, body) == markdown and len(markdown.splitlines()[0]) > 190
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    narrow = files.printed(head, body)
+    monkeypatch.undo()
+    assert max(map(len, narrow.splitlines())) <= columns
+    for word in ["best-2:", "w=3", "0.0", "2.5", "(+0.10", "[-0.20,", "+0.40])", "interval]"]:
+        assert word in narrow
+    assert (narrow == markdown) == (columns >= len(markdown.splitlines()[0]))
 
 
 FULL = "guidance-interval: error: standard output cannot be written to (No space left on device)"
@@ -616,6 +664,34 @@ def test_the_page_s_model_of_one_s_own_is_sampled(capsys, tmp_path, monkeypatch)
     grid = ["--weight", "2", "--sigma-lo", "0.1", "--sigma-hi", "2.5"]
     assert command(capsys, "sweep", "--model", "own_page:load", "--out", "out", *grid, *FAST)[0] == 0
     assert (tmp_path / "out" / "sweep.md").read_text().count("\n") == 5  # Two lines of head and three cells.
+
+
+def test_the_help_has_examples_that_can_be_typed(capsys):
+    for name in ("tune", "sweep", "demo"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out
+        examples = re.findall(r"^  guidance-interval (.+)$", text, re.M)
+        assert bool(examples) == (name == "tune")
+        for example in examples:
+            cli.parser().parse_args(example.split())
+    assert "guidance ends at this noise level" in text.split("--sigma-lo SIGMA_LO")[-1].split("--sigma-hi")[0]
+    assert "guidance begins at this noise level" in text.split("--sigma-hi SIGMA_HI")[-1]
+
+
+def test_a_study_s_database_is_no_memory(capsys):
+    for url in (
+        "sqlite://",
+        "sqlite:///",
+        "sqlite+pysqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:x?mode=memory&uri=1",
+    ):
+        assert f"argument --storage: {url!r} is in memory and would be lost" in refused(
+            capsys, "tune", "--storage", url
+        )
+    for url in ("sqlite:///x.db", "sqlite:////x/y.db", "postgresql://u:p@h/n", "grpc://h:1"):
+        assert cli.parser().parse_args(["tune", "--storage", url]).storage == url
 
 
 def test_the_page_names_every_command_and_the_limits_that_hold():
