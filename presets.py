@@ -303,7 +303,7 @@ def _preset(name, entry):
     source += [told[key] for key in ("date", "said") if key in told]
     return Preset(
         name=name, model=told["model"], sigma_lo=lo, sigma_hi=hi, sigma_data=1.0, weight=weight,
-        weight_everywhere=everywhere, metric=told.get("objective"), source="measured by you: " + ", ".join(source),
+        weight_everywhere=everywhere, metric=told.get("objective"), source="measured by you" + (": " if source else "") + ", ".join(source),
     )  # fmt: skip
 
 
