@@ -299,11 +299,12 @@ def _preset(name, entry):
         if not 0 < value < math.inf:
             raise ValueError(f"{key} must be a number above 0, got {value:g}")
     told = {key: _text(key, entry[key]) for key in TEXTS if key in entry}
-    source = [f"study {told['study']!r}"] if "study" in told else []
-    source += [told[key] for key in ("date", "said") if key in told]
+    where = [f"study {told['study']!r}"] if "study" in told else []
+    where += [told[key] for key in ("date", "said") if key in told]
+    source = ["measured by you", *([", ".join(where)] if where else [])]
     return Preset(
         name=name, model=told["model"], sigma_lo=lo, sigma_hi=hi, sigma_data=1.0, weight=weight,
-        weight_everywhere=everywhere, metric=told.get("objective"), source="measured by you: " + ", ".join(source),
+        weight_everywhere=everywhere, metric=told.get("objective"), source=": ".join(source),
     )  # fmt: skip
 
 

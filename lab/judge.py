@@ -1,5 +1,6 @@
 """The classifier that ships as an extractor for `measure`, which see (`measure/features.py`)."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class Digits:
 
     def __init__(self, device="cpu", source=None):
         self.path, self.device = Path(source or model.SHIPPED), device
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise UserError(f"features digits={source}: no such file; give one that `guidance-interval train` wrote")
         self.identity = f"digits/1 {file_hash(self.path)}"
 

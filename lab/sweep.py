@@ -232,7 +232,10 @@ def load_lab(source, device):
         raise UserError(
             f"model {source!r} is not a function of one's own: it is called with a device and returns a lab.model.Lab"
         )
-    return model.check_lab(make(device), source)
+    try:
+        return model.check_lab(make(device), source)
+    except SystemExit as e:
+        raise UserError(f"model {source!r} ends the command; it is to return a lab.model.Lab") from e
 
 
 def _takes_a_device(function):

@@ -14,6 +14,7 @@ Weights are where the ecosystem keeps them, or in a local file or folder that is
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +69,7 @@ class Inception:
 
     def __init__(self, device="cpu", source=None):
         self.path, self.device = Path(source or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE), device
-        if source and not self.path.is_file():
+        if source and not os.path.isfile(self.path):
             raise UserError(f"features inception={source}: no such file; give torch-fidelity's {INCEPTION_FILE}")
         if not self.path.is_file():
             self._download()
@@ -125,7 +126,7 @@ class _HubModel:
         self.device, self.revision = device, None
         if source:
             self.source, config = Path(source), Path(source) / "config.json"
-            if not config.is_file():
+            if not os.path.isfile(config):
                 raise UserError(f"features {self.name}={source}: no config.json there; give a folder of {self.hub}")
             weights = sorted(p for pattern in ("*.safetensors", "*.bin") for p in self.source.glob(pattern))
             if not weights:

@@ -143,9 +143,9 @@ class Folder:
 
     def __init__(self, path, cache=None):
         self.path = Path(os.path.abspath(path))
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):  # Which is not, too, where a name is too long.
             raise UserError(
-                f"{str(path)!r} is {'a file' if self.path.exists() else 'not there'}; give a folder of images"
+                f"{str(path)!r} is {'a file' if os.path.exists(self.path) else 'not there'}; give a folder of images"
             )
         where = self.path.parent if cache is None else Path(cache)
         try:

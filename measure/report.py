@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,16 +144,17 @@ def run(images, reference, extractors, prompts=None, out="out/measure", cache=No
 
 def _check_apart(folders, out):
     """Raise UserError when one folder is given twice, or holds another one or `out`, whose images it would count."""
+    real = lambda path: Path(os.path.realpath(path))  # noqa: E731 (`resolve` raises where links lead in a circle)
     for i, a in enumerate(folders):
-        x = a.path.resolve()
+        x = real(a.path)
         for b in folders[i + 1 :]:
-            y = b.path.resolve()
+            y = real(b.path)
             if x == y:
                 raise UserError(f"{str(b.path)!r} is given twice; name a folder once, and another one as --reference")
             if x in y.parents or y in x.parents:
                 inner, outer = (b, a) if x in y.parents else (a, b)
                 raise UserError(f"{str(inner.path)!r} lies in {str(outer.path)!r}, which would count its images too")
-        if x in (out.resolve(), *out.resolve().parents):
+        if x in (real(out), *real(out).parents):
             raise UserError(
                 f"output folder {str(out)!r} lies in {str(a.path)!r}, where the next run would count measure.png as an "
                 "image; choose another --out"

@@ -47,7 +47,7 @@ RUN = {
         *GRID,
     ],
     "guidance-interval tune --model emoji --out out/tune --save mine": ["--dry-run"],
-    "python benchmarks/measure_folders.py --samples 500 --write-only": ["--samples", "40"],
+    "python benchmarks/measure_folders.py --samples 500 --write-only": ["--samples", "20"],
     "guidance-interval measure --features digits --reference out/digits/real --images out/digits/cfg "
     "out/digits/interval": [],
 }
@@ -121,14 +121,16 @@ def test_a_model_of_one_s_own(folder):
     assert (folder / "out" / "mine" / "sweep.md").is_file()
 
 
-def test_folders_are_written_and_measured(folder):
+def test_folders_are_written_and_measured(folder, capsys):
     write, measure = (c for c in RUN if "measure" in c)
     program, script, *args = shlex.split(write)
     command = [sys.executable, str(ROOT / script), *args, *RUN[write]]
     assert program == "python"
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     run(measure)
-    assert (folder / "out" / "measure" / "report.json").is_file()
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[2:4] == ["cfg", "interval"] and rows[6:9] == ["real", "cfg", "interval"]
+    assert {path.name for path in (folder / "out" / "measure").iterdir()} == {"report.json", "measure.png"}
 
 
 def test_the_tuner_of_the_emoji_can_begin(folder, capsys):

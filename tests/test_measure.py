@@ -6,16 +6,13 @@ import io
 import json
 import os
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import Executor, Future
-from pathlib import Path
 
-import guidance_interval
 import numpy as np
 import pytest
 import torch
@@ -990,22 +987,6 @@ def test_folders_of_one_name_share_a_cache_folder(digits, tmp_path):
     assert [folder["folder"] for folder in result["images"]] == [str(digits / "cfg"), str(digits / "other" / "cfg")]
     assert len(list((digits / "cache").glob("cfg-*.digits.safetensors"))) == 2
     assert not list(digits.glob("*.safetensors"))
-
-
-def test_the_quick_start_of_the_docs_runs_as_pasted(tmp_path):
-    """But for the installation, and with fewer digits."""
-    root = Path(guidance_interval.__file__).parent
-    block = (root / "docs" / "measuring.md").read_text().split("```")[1]
-    _, write, measure = (line.removeprefix("$ ") for line in block.splitlines()[1:])
-    assert "--samples 500" in write
-    write = write.replace("--samples 500", "--samples 20").replace("benchmarks", str(root / "benchmarks"))
-    env = {**one_thread(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for line in (write, measure):
-        done = subprocess.run(shlex.split(line), cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[2:4] == ["cfg", "interval"] and rows[6:9] == ["real", "cfg", "interval"]
-    assert {path.name for path in (tmp_path / "out" / "measure").iterdir()} == {"report.json", "measure.png"}
 
 
 def test_an_extreme_estimate_is_shown_in_full():

@@ -4,8 +4,10 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import filelock
 import pytest
@@ -165,6 +167,15 @@ def test_a_file_that_cannot_be_read_is_told_and_stops_no_host(file, caplog, monk
     with pytest.raises(UserError, match=r"presets|n{300}"):
         presets.save_mine("mine", ENTRY)
     assert before is None or file.read_bytes() == before
+
+
+def test_the_page_s_file_is_read(file):
+    page = Path(presets.__file__).parent / "docs" / "command-line.md"
+    (text,) = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    file.write_text(text)
+    found = get_preset("Portraits")
+    assert (found.sigma_lo, found.sigma_hi, found.weight, found.weight_everywhere) == (0.3, 4.5, 9.0, 7.0)
+    assert found.source == "measured by you"
 
 
 def test_a_byte_order_mark_and_windows_lines_are_read(file):
