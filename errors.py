@@ -44,9 +44,13 @@ def user_input():
 
 
 def plain(text, most=500):
-    """What a file or another machine says, fit for a line of a terminal: nothing that controls it, cut to `most`."""
-    text = "".join(c if c.isprintable() else " " for c in str(text)[: most + 1]).rstrip()
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """What a file or another machine says, fit for a line of a terminal: nothing that controls it, and no more than
+    `most`: of what is longer the beginning and, where errors tell the value, the end.
+    """
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
+    return "".join(c if c.isprintable() else " " for c in text).rstrip()
 
 
 def without_password(url):

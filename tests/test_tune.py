@@ -652,6 +652,13 @@ def test_an_image_that_is_damaged_or_of_another_job_is_rendered_again(tmp_path):
     assert folder.get((0, 0), job) is None
 
 
+def test_images_of_another_workflow_are_rendered_again(tmp_path):
+    first, same, other = Painter(), Painter(), type("Other", (Painter,), {"identity": {"workflow": "other"}})()
+    for i, backend in enumerate((first, same, other)):  # Studies of the same folder, whose settings are drawn alike.
+        make_search(tmp_path, backend, trials=4, storage=f"sqlite:///{tmp_path / f'{i}.db'}").run()
+    assert first.jobs and not same.jobs and other.jobs == first.jobs
+
+
 # ----------------------------------------------------------------------------
 # The confirmation.
 

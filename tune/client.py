@@ -46,7 +46,7 @@ class Limits:
 
     quiet: float = 30
     total: float = 300
-    json: int = 32 * 2**20  # Of 30 to 40 times as much memory, if it is nothing but brackets.
+    json: int = 32 * 2**20  # Nothing but brackets take 28 times as much memory.
     image: int = 128 * 2**20
     message: int = 8 * 2**20
     pixels: int = 2**26
@@ -67,16 +67,18 @@ class Client:
             port = self._url.port
             if self._url.scheme not in ("http", "https") or not self._url.host or (port is not None and port > 65535):
                 raise ValueError(url)
+        except (httpx.InvalidURL, ValueError) as e:
+            raise UserError(f"{option} {without_password(url)!r} is not an address; give one like {example}") from e
+        try:
             self._http = httpx.AsyncClient(
                 verify=_ssl(),
                 headers={"Accept-Encoding": "identity"},  # What is compressed has no size yet.
                 timeout=self.limits.quiet,
                 limits=httpx.Limits(max_keepalive_connections=0),  # A server may close those just when they are used.
             )
-        except (httpx.InvalidURL, ValueError) as e:
-            raise UserError(f"{option} {without_password(url)!r} is not an address; give one like {example}") from e
-        except ImportError as e:  # For a proxy that the environment names.
-            raise UserError(f"{option} {self} cannot be asked by the proxy that is set ({e})") from e
+        except (httpx.InvalidURL, ValueError, ImportError) as e:  # Of a proxy that the environment names.
+            raise UserError(f"{option} {self} cannot be asked by the proxy that is set ({plain(e)})") from e
+        self._base = str(self._url.copy_with(query=None, fragment=None)).rstrip("/")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._lock, self._closed = threading.Lock(), False
@@ -116,7 +118,7 @@ class Client:
         return self._answer(path, self._start(path, body, {}, self.limits.json, self.limits.total))
 
     def start_post(self, path, body):
-        """A post that may take as long as it takes: a Future of its answer, which `cancel` gives up."""
+        """A post that may take as long as it takes: a Future of its answer, which `close` gives up."""
         return self._start(path, body, {}, self.limits.json, None)
 
     def answer_of(self, path, future):
@@ -147,7 +149,7 @@ class Client:
         from websockets.exceptions import WebSocketException
         from websockets.sync.client import ClientConnection, connect
 
-        host, port = self._url.host, self._url.port or {"http": 80, "https": 443}[self._url.scheme]
+        host, port = self._url.raw_host.decode(), self._url.port or {"http": 80, "https": 443}[self._url.scheme]
         proxied = urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
 
         def at_home(sock, protocol, **options):
@@ -155,7 +157,6 @@ class Client:
                 raise Gone(f"{self} leads its WebSocket to another host")
             return ClientConnection(sock, protocol, **options)
 
-        address = str(self._url).rstrip("/").replace("http", "ws", 1)
         options = {"ssl": _ssl()} if self._url.scheme == "https" else {}
         if not proxied:
             options |= {"proxy": None, "address": (host, port)}  # With it no redirect leads elsewhere.
@@ -163,7 +164,7 @@ class Client:
             try:
                 socket = stack.enter_context(
                     connect(
-                        address + path,
+                        self._base.replace("http", "ws", 1) + path,
                         open_timeout=self.limits.quiet,
                         ping_interval=None,
                         close_timeout=0.2,
@@ -215,12 +216,16 @@ class Client:
 
     async def _fetch(self, path, data, query, most, patience):
         timeout = httpx.Timeout(self.limits.quiet, read=None if patience is None else self.limits.quiet)
-        url = str(self._url.copy_with(query=None, fragment=None)).rstrip("/") + path
         headers = {"Content-Type": "application/json"} if data else {}
         response = None
         try:
             request = self._http.build_request(
-                "POST" if data else "GET", url, content=data, params=query or None, headers=headers, timeout=timeout
+                "POST" if data else "GET",
+                self._base + path,
+                content=data,
+                params=query or None,
+                headers=headers,
+                timeout=timeout,
             )
             with anyio.fail_after(patience):
                 response = await self._send(request, path)

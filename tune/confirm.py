@@ -48,7 +48,7 @@ def choose(search):
 
 def confirm(search, out):
     """Render and measure the chosen settings on the plan's fresh blocks; `{id: measured}`, with `conditional`."""
-    folder, found = Folder(out / "confirmed"), {}
+    folder, found = Folder(out / "confirmed", search.backend.identity), {}
     for key, _, setting, _ in [*choose(search), ("conditional", "", CONDITIONAL, None)]:
         blocks = search.plan.confirm
         found[key] = search.render(setting, blocks, folder, range(len(blocks)))

@@ -12,10 +12,13 @@ KEY = "guidance_interval_tune"
 
 
 class Folder:
-    """`SETTING/PROMPT-SEED.png`, each with what it is of and what it cost in its text."""
+    """`SETTING/PROMPT-SEED.png`, each with what it is of and what it cost in its text.
 
-    def __init__(self, path):
-        self.path = Path(path)
+    identity: of the backend. What is of another one is not taken, whatever else is alike.
+    """
+
+    def __init__(self, path, identity=None):
+        self.path, self.identity = Path(path), json.loads(json.dumps(identity or {}))
 
     def file(self, setting, at):
         return self.path / setting.folder / f"{at[0]}-{at[1]}.png"
@@ -25,7 +28,7 @@ class Folder:
         try:
             with Image.open(self.file(job.setting, at)) as image:
                 told = json.loads(image.text[KEY])
-                if told["of"] != _of(job):
+                if told["of"] != self._of(job):
                     return None
                 return Rendered(image.convert("RGB"), told["rows"], told["seconds"])
         except (OSError, KeyError, ValueError, AttributeError, SyntaxError):
@@ -33,12 +36,11 @@ class Folder:
 
     def put(self, at, job, rendered):
         file, info = self.file(job.setting, at), PngImagePlugin.PngInfo()
-        info.add_text(KEY, json.dumps({"of": _of(job), "rows": rendered.rows, "seconds": rendered.seconds}))
+        info.add_text(KEY, json.dumps({"of": self._of(job), "rows": rendered.rows, "seconds": rendered.seconds}))
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as tmp:
             rendered.image.convert("RGB").save(tmp, "PNG", pnginfo=info)
         return rendered
 
-
-def _of(job):
-    return [job.setting.folder, job.prompt, job.seed]
+    def _of(self, job):
+        return [job.setting.folder, job.prompt, job.seed, self.identity]

@@ -150,6 +150,7 @@ class Comfy:
         self.source, self.weight = Path(path).name, self.workflow.weight
         self.identity = {"workflow": _digest(self.workflow)}
         self.shows_emoji = any(n["class_type"] == "GuidanceIntervalDemoModel" for n in graph.values())
+        self.schedules = []
         self.sigmas = self._probe()
 
     def _types(self, path, graph):
@@ -184,11 +185,17 @@ class Comfy:
                     server.drop([job])
                     raise Gone(f"{server} has not told it for {SILENCE} s")
                 time.sleep(0.2)
-            levels = [s for table in tables for s in table.levels(found[0])]
+            levels = {table: table.levels(found[0]) for table in tables}
         except (Gone, Refused, LookupError, TypeError, ValueError, AttributeError) as e:
             print(f"note: the schedule cannot be told ({plain(e)}); seconds are the cost", file=sys.stderr)
             return None
-        return torch.tensor(levels) if levels else None
+        self.schedules = [
+            f"  {table.named} goes through {len(of)} steps" + (f", sigma {of[0]:.3g} to {of[-1]:.3g}" if of else "")
+            for table, of in levels.items()
+        ]
+        # Of several passes one falling row: what an interval guides of it is then one piece.
+        every = sorted((sigma for of in levels.values() for sigma in of), reverse=True)
+        return torch.tensor(every) if any(0 < sigma < math.inf for sigma in every) else None
 
     def render(self, jobs):
         work = _Work(self, jobs)
@@ -210,6 +217,7 @@ class Comfy:
             *[f"  {change}" for change in self.workflow.changes],
             *[f"  prompts go to {key} of node {n}" for n, key in self.workflow.texts],
             f"  seeds go to {', '.join(f'{key} of node {n}' for n, key in self.workflow.seeds)}",
+            *self.schedules,
             f"servers: {', '.join(map(str, self.servers))}",
         ]
 

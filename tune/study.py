@@ -260,7 +260,7 @@ class Search:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.plan, self.backend, self.judge, self.view = plan, backend, judge, view
         self.goal = objectives.goal(judge, backend.sigmas is not None)
-        self.folder = Folder(Path(out) / "images")
+        self.folder = Folder(Path(out) / "images", backend.identity)
         self.mine = f"{socket.gethostname()}:{Path(out).resolve()}"
         self.ranges = space(backend)
         self.nameless_since = {}  # Trial's number: when it was first seen without its process's name.

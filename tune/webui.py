@@ -129,10 +129,7 @@ class WebUI:
     def _image(self, job):
         path = "/sdapi/v1/txt2img"
         future = self.client.start_post(path, self.payload(job))
-        try:
-            self._await(future)
-        finally:
-            future.cancel()  # Given up, or done.
+        self._await(future)
         answer = self.client.answer_of(path, future)
         content = self.client.read(path, answer, lambda told: base64.b64decode(told["images"][0].rpartition(",")[2]))
         try:

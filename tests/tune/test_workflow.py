@@ -307,6 +307,11 @@ def test_long_and_entangled_workflows_are_read_at_once(graph):
         assert sent["guidance-interval-1"]["inputs"]["model"] == ["1", 0]
 
 
+def test_a_list_of_values_is_no_link():
+    assert workflow.is_link(["5", 0]) and workflow.is_link([5, 1])
+    assert not any(map(workflow.is_link, (["5", "b"], ["5"], [["5"], 0], "50", None)))
+
+
 def in_a_circle():
     graph = chain(3)
     graph["lora-0"]["inputs"]["model"] = ["lora-2", 0]
