@@ -313,6 +313,23 @@ def test_headers_of_files_are_bounded(host, live, tmp_path, monkeypatch):
         answer = drawn(live, prompt_with(n1=node("CheckpointLoaderSimple", ckpt_name=f"{name}.safetensors")))
         assert ["model", "CheckpointLoaderSimple"] in answer["notes"], name
 
+    with pytest.raises(ValueError, match="not a safetensors file"):  # Which is seen before it is read.
+        live.weightless._Header(str(tmp_path / "hole.safetensors"))
+    (tmp_path / "notes.txt").write_text("not listed")
+    assert live.weightless.file_of("checkpoints", "deep.safetensors")[0] == str(tmp_path / "deep.safetensors")
+    for name in ("notes.txt", "../notes.txt", "deep.safetensors\0", 7, None):
+        assert live.weightless.file_of("checkpoints", name) is None
+
+
+def test_no_noise_is_made(live, monkeypatch):
+    """A Brownian tree is what takes the time of the SDE samplers."""
+    from comfy.k_diffusion import sampling
+
+    monkeypatch.setattr(sampling, "BrownianTreeNoiseSampler", lambda *args, **kwargs: 1 / 0)
+    made = {"eta": 1.0, "s_noise": 1.0, "r": 0.375, "noise_device": "cpu"}
+    answer = drawn(live, prompt_with(n5=node("SamplerDPMPP_SDE", **made)))
+    assert answer["evaluations"] == 11 and codes(answer) == {"model"}
+
 
 # ----------------------------------------------------------------------------
 # Arithmetic.
