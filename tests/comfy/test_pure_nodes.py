@@ -151,9 +151,9 @@ def test_a_long_chain_takes_linear_time(live):
         prompt[str(100 + i)] = node("LoraLoaderModelOnly", model=[str(101 + i), 0], lora_name="x", strength_model=1.0)
     prompt["2100"] = prompt["1"]
     prompt["2"]["inputs"]["model"] = ["100", 0]
-    begun = time.perf_counter()
+    begun = time.process_time()
     answer = drawn(live, prompt)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
     assert ["model", "CheckpointLoaderSimple"] in answer["notes"]
     del prompt["2100"]  # And the same in a circle.
     prompt["2099"]["inputs"]["model"] = ["100", 0]
@@ -167,7 +167,7 @@ def test_wide_graphs_end(live):
     for i in range(1500):
         prompt[f"1{i:05}"] = node("LoraLoaderModelOnly", model=[f"1{i - 1:05}" if i else "2", 0], strength_model=1.0)
         prompt[f"2{i:05}"] = {**prompt["3"], "inputs": {**prompt["3"]["inputs"], "model": ["101499", 0]}}
-    begun = time.perf_counter()
+    begun = time.process_time()
     answer = live.live.describe(prompt, "2")
     assert "more than 3 seconds" in answer.get("error", "more than 3 seconds")
 
@@ -187,7 +187,7 @@ def test_wide_graphs_end(live):
     assert "unknown_sigmas" in codes(drawn(live, prompt))
     prompt["3"]["inputs"]["cfg"] = ["100", 11]
     assert "cfg_unknown" not in codes(drawn(live, prompt))
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 def test_a_deep_chain_of_values_is_left(live):
@@ -243,9 +243,9 @@ ODD = [
 def test_odd_values_are_no_trouble(live, key, name, value):
     prompt = prompt_with()
     prompt[key]["inputs"][name] = value
-    begun = time.perf_counter()
+    begun = time.process_time()
     drawn(live, prompt)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("odd", [None, 7, [], {}, {"class_type": 3, "inputs": {}}, {"class_type": "KSampler"}])
@@ -274,9 +274,9 @@ def test_sizes_are_bounded(live):
     for key in ("basic", "long", "text", "dots", "cut199"):
         prompt = prompt_with(**huge)
         prompt["3"]["inputs"]["sigmas"] = [key, 0]
-        begun = time.perf_counter()
+        begun = time.process_time()
         drawn(live, prompt)
-        assert time.perf_counter() - begun < 6, key
+        assert time.process_time() - begun < 6, key
     ksampler = node("KSampler", model=["2", 0], steps=900, cfg=4.0, sampler_name="euler", scheduler="normal")
     ksampler["inputs"]["denoise"] = 1e-7
     assert "1000 steps" in drawn(live, prompt_with(n3=ksampler))["error"]
@@ -398,7 +398,7 @@ def test_arithmetic_is_the_hosts(host, live, expression, value):
     ],
 )
 def test_what_arithmetic_does_not_do(live, expression):
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(ValueError):
         live.pure_nodes.calculate(expression, {"a": 3, "b": 2})
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import string
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -379,9 +378,7 @@ def test_a_stage_without_guided_steps_is_no_reason_to_warn(server, own_node):
 
 
 def test_the_workflow_that_needs_no_download_runs_as_it_is(server, object_info):
-    start = time.monotonic()
     (grid,) = results(server, to_prompt(load_workflow("01_try_it"), object_info))
-    assert time.monotonic() - start < 60
     assert grid.shape == (44 + 6 * 256, 3 * 256, 3)
     everywhere, interval, none = (grid[44:, 256 * i : 256 * (i + 1)] for i in range(3))
     assert all(np.abs(a.astype(int) - b).mean() > 3 for a, b in ((everywhere, interval), (interval, none)))

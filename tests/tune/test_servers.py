@@ -30,6 +30,7 @@ from PIL import Image
 MB = 2**20
 SMALL = Limits(quiet=0.15, total=0.3, json=MB, image=MB, message=MB // 8, pixels=10**6)
 MOST_SENT = 16 * MB  # What the system's buffers take beside the limits.
+ENDS = 60  # Seconds, on a machine that is busy with other things: what does not end would take for ever.
 
 
 # ----------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def check(server, images, said, capsys, begin, count):
     assert (said is None) == (len(images) == count)
     lines = [*capsys.readouterr().err.splitlines(), *([said] if said else [])]
     assert all(line.isprintable() and len(line) < 700 for line in lines), lines
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < ENDS
     assert server.sent < MOST_SENT or "ws" in server.broken  # Whose library reads on, and keeps nothing.
     assert not {"stolen", "passwd"} & set(server.asked)
 
@@ -561,7 +562,7 @@ def test_a_web_ui_that_answers_and_only_fails_is_not_waited_for(server):
 def test_a_web_ui_that_hangs_is_given_up(server, capsys):
     server.broken["txt2img"], begin = silent, time.monotonic()
     images, said = render_web_ui(server)
-    assert not images and "has made no progress for 0.4 s" in said and time.monotonic() - begin < 5
+    assert not images and "has made no progress for 0.4 s" in said and time.monotonic() - begin < ENDS
 
 
 @pytest.mark.parametrize("content", [b"<html>", BIG, png()[:-30], b"", GIANT])
@@ -607,7 +608,7 @@ def test_an_answer_must_be_whole_in_time_however_often_something_comes(server, m
     late = pytest.raises(Gone, match=f"^{server.url}/queue has not answered to its end within 0.3 s$")
     with client(server, limits=Limits(quiet=20, total=0.3)) as one, late:
         one.get("/queue")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < ENDS
 
 
 def test_an_answer_may_be_as_long_as_its_limit_and_no_longer(server):
