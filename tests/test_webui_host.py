@@ -891,6 +891,13 @@ def test_a_pasted_text_is_read_whole(fields):
     assert fields.from_text("Steps: 20, Sampler: Euler")[0] is False
 
 
+def test_what_the_host_has_left_out_stays_out(host):
+    """By "Disregard fields from pasted infotext", for one."""
+    params = {"Steps": "20"}
+    host.callbacks["infotext_pasted"][0](LINE.format("1-2"), params)
+    assert params == {"Steps": "20"}
+
+
 def test_what_cannot_be_read_changes_nothing_and_is_said_on_the_page(fields):
     *controls, note = fields.from_text(LINE.format("5.42-0.28"))
     assert controls == [NOTHING] * 5, "the accordion is not switched off without a word"
