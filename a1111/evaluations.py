@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import math
+import threading
 from types import SimpleNamespace
 
 import torch
@@ -27,6 +28,7 @@ SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
 NUMBERS = ("steps", "denoising_strength", "width", "height")
 MAX_EVALUATIONS = 1000
 MAX_KEPT = 64
+_one_at_a_time = threading.Lock()  # Else one picture's trial run would be another's "An image is being made".
 _kept = {}  # Noise levels of the last schedules, to be shown while an image is being made.
 
 
@@ -129,6 +131,11 @@ def _noise_levels(model, *args, **kwargs):
 
     A trial run would draw from the random numbers of an image that is being made, and set its model's noise levels.
     """
+    with _one_at_a_time:
+        return _kept_or_tried(model, *args, **kwargs)
+
+
+def _kept_or_tried(model, *args, **kwargs):
     key = (id(model), args, *kwargs.items(), repr(shared.opts.data))  # Many an option changes a schedule.
     if not call_queue.queue_lock.acquire(blocking=False):
         if key in _kept:

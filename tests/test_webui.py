@@ -133,7 +133,7 @@ def test_paste_restores_every_control_and_switches_off_without_our_key(settings)
 def pasted(value):
     """What a pasted text calls for whose last line has this value."""
     line = f"Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Guidance interval: {value}, Version: v1.9"
-    return st.paste(st.entries(f"a cat, Guidance interval: 9-10\nNegative prompt: a dog\n{line}"))
+    return st.paste(st.entries(f"a cat, Guidance interval: 9-10, seen: once\nNegative prompt: a dog\n{line}"))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,7 @@ def test_an_odd_interval_is_read(value, lo, hi):
         ("0.28-", "is not an interval"),
         ("0.28", "is not an interval"),
         ("1-2-3", "is not an interval"),
+        ("1-2,x", "is not an interval"),
         ("much", "'much' is not an interval"),
         ("much, more", "'much, more' is not an interval"),
         ("", "is not an interval"),

@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import guidance_interval
@@ -891,6 +892,13 @@ def test_a_pasted_text_is_read_whole(fields):
     assert fields.from_text("Steps: 20, Sampler: Euler")[0] is False
 
 
+def test_what_the_host_has_left_out_stays_out(host):
+    """By "Disregard fields from pasted infotext", for one."""
+    params = {"Steps": "20"}
+    host.callbacks["infotext_pasted"][0](LINE.format("1-2"), params)
+    assert params == {"Steps": "20"}
+
+
 def test_what_cannot_be_read_changes_nothing_and_is_said_on_the_page(fields):
     *controls, note = fields.from_text(LINE.format("5.42-0.28"))
     assert controls == [NOTHING] * 5, "the accordion is not switched off without a word"
@@ -1107,6 +1115,24 @@ def test_a_kept_schedule_is_that_of_its_options_and_its_model(host, told):
         sys.modules["modules.sd_models"].model_data.sd_model = copy.copy(host.model)
         with pytest.raises(busy):
             told()
+
+
+def test_two_pictures_that_are_drawn_at_once_do_not_take_each_other_for_an_image(host, told):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        begun.set()
+        assert go_on.wait(20)
+        model(x, sigmas[:1])
+
+    host.functions["slow"] = slow
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(told, sampler="slow")
+        assert begun.wait(20)
+        second = pool.submit(told, steps=7)
+        assert not wait([second], timeout=0.2).done, "it waits for the other, or says that it is busy"
+        go_on.set()
+        assert len(first.result()[0].sigmas) == 1 and len(second.result()[0].sigmas) == 7
 
 
 def test_no_more_than_the_last_schedules_are_kept(host, told):

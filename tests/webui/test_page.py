@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 import re
 import socket
 from pathlib import Path
@@ -27,7 +28,7 @@ def address(webui):
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
     from modules import initialize_util, progress, script_callbacks, scripts, shared, ui, ui_extra_networks
 
-    allowed = []
+    allowed = [os.getcwd(), *shared.cmd_opts.gradio_allowed_path]
     with contextlib.suppress(ImportError):  # Of the Forges with Gradio 4.
         from modules_forge.forge_canvas.canvas import canvas_js_root_path
 
@@ -60,7 +61,7 @@ def page(address):
     """A page that has just been opened, with the accordion open and the picture drawn."""
     chromium, url = address
     page = chromium.new_page(viewport={"width": 1600, "height": 1400})
-    page.set_default_timeout(20000)
+    page.set_default_timeout(60000)
     page.asked = []  # What the page has asked the server to compute.
     page.on("request", lambda r: page.asked.append(r.url) if re.search("/(queue/join|run/)", r.url) else None)
     page.on("websocket", lambda w: page.asked.append(w.url))
