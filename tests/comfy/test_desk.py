@@ -82,6 +82,12 @@ def test_what_nobody_waits_for_is_not_answered(desk):
     assert slow.answered == ["first", "2"] and isinstance(answers[0], desk.Replaced)
 
 
+def test_one_that_goes_leaves_the_others_their_answer(desk):
+    gone = iter((False, True))
+    answers, slow = ask_all(desk, ("a", "1"), ("b", "1"), wanted=lambda what: what != "1" or next(gone))
+    assert slow.answered == ["first", "1"] and answers == ["1", "1"]
+
+
 def test_an_error_is_handed_on_and_the_next_is_answered(desk):
     answers, _ = ask_all(desk, ("a", "bad"), ("b", "2"))
     assert isinstance(answers[0], ValueError) and answers[1] == "2"

@@ -164,6 +164,8 @@ def test_start_and_end_step(host, live):
         remembered(live, prompt, "sd15")
         drawn = chart(live, prompt)
         assert drawn["rows"] == rows_of_run(host, prompt, "sd15", "KSamplerAdvanced")
+        end = live.forecast.forecast(prompt, "2").levels[-1]
+        assert (end > 0) == (leftover == "enable")  # What is left for a next stage.
     part = prompt_of(denoise=0.5)
     remembered(live, part, "sd15")
     assert chart(live, part)["rows"] == rows_of_run(host, part, "sd15")

@@ -51,6 +51,17 @@ def test_what_is_listed_is_the_hosts(host, live):
     assert all(live.pure_nodes.host_class(kind, file) for kind, file in live.prompt_graph.SAMPLERS.items())
 
 
+def test_those_that_give_a_model_patch_its_sampling(host, live):
+    models = {kind for kind in live.pure_nodes.PURE if kind in host.nodes and "MODEL" in host.nodes[kind].RETURN_TYPES}
+    assert models and models <= live.pure_nodes.PATCHES
+
+
+@pytest.mark.parametrize("rho", [-1.0, 100.5])
+def test_a_value_that_the_node_would_not_take_is_not_drawn(live, rho):
+    prompt = prompt_with(n4=node("KarrasScheduler", steps=6, sigma_max=14.6, sigma_min=0.03, rho=rho))
+    assert ["unknown_sigmas", "KarrasScheduler"] in drawn(live, prompt)["notes"]
+
+
 def test_nothing_is_executed_but_what_is_listed(host, live, monkeypatch):
     executed = []
     for kind, cls in host.nodes.items():
