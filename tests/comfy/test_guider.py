@@ -7,6 +7,7 @@ loaded apart: the positive on the one, the negative on the other, each by the ho
 import functools
 import gc
 import logging
+import types
 
 import comfy_harness as harness
 import pytest
@@ -331,6 +332,20 @@ def test_a_model_of_another_family_is_refused(host, kind, what):
     conds = {"positive": harness.conditioning(1), "negative": harness.conditioning(2)}
     with pytest.raises(ValueError, match=f"must have the same {what}"):
         node(host, "GuidanceIntervalGuider", **models, **conds)
+
+
+def test_a_flow_model_beside_one_of_as_many_channels_that_is_none_is_refused(host):
+    """No two of the tiny models are so alike."""
+    import comfy.model_sampling
+
+    sigmas, flow = comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.ModelSamplingDiscreteFlow
+    const = type("Flow", (flow, comfy.model_sampling.CONST), {})
+    latents = types.SimpleNamespace(latent_channels=4)
+    one, other = (types.SimpleNamespace(latent_format=latents, model_sampling=s()) for s in (sigmas, const))
+    check = harness.our_module(host, "guider")._check_kinship
+    check(one, one)
+    with pytest.raises(ValueError, match="must have the same noise levels"):
+        check(one, other)
 
 
 def test_weights_that_cannot_be_copied_are_refused_in_one_sentence(host):
