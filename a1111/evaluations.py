@@ -100,8 +100,8 @@ def _pass(settings, sigmas, prompt, uncond):
 
 def _with_styles(prompt, controls):
     """The prompt as the text encoder will meet it: with styles, without comments and extra networks."""
-    styles = controls.get("styles")
-    prompt = shared.prompt_styles.apply_styles_to_prompt(prompt or "", styles) if styles else prompt or ""
+    # Without a style too: Forge takes out comments there.
+    prompt = shared.prompt_styles.apply_styles_to_prompt(prompt or "", controls.get("styles") or [])
     (prompt,), _ = extra_networks.parse_prompts([_without_comments(prompt)])
     return prompt
 

@@ -109,14 +109,14 @@ def controls(tab, name, opened=None):
 
     html = gr.HTML(drawn_at_first, elem_id=elem_id("picture"))
 
-    def choose(name, lo, hi):
+    def choose(name):
         if name not in st.PRESETS:
-            return lo, hi
+            return gr.update(), gr.update()  # Not as they were: the user may have typed on since.
         chosen = st.get_preset(name).interval()
         return chosen.sigma_lo, st.number_box(chosen.sigma_hi)
 
     bounds = [sigma_lo, sigma_hi]
-    preset.change(choose, [preset, *bounds], bounds, show_progress=False)
+    preset.change(choose, preset, bounds, show_progress=False)
     for bound in bounds:  # By the user alone: pasting sets the preset itself.
         bound.input(st.preset_of, bounds, preset, show_progress=False)
     redraw = {"fn": draw, "inputs": [*ours, *hosts.values(), html], "outputs": html, "show_progress": False}

@@ -53,6 +53,7 @@ def address(webui):
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium, url
         chromium.close()
+    shared.demo.server.force_exit = True  # Else it waits for pages that it has not seen go.
     shared.demo.close()
 
 
@@ -88,7 +89,9 @@ def enabled(page, tab="txt2img"):
 def wait_for_number(page, name, value, tab="txt2img"):
     selector = f"#{tab}_guidance_interval_{name} input"
     page.wait_for_function(
-        "([selector, value]) => Number(gradioApp().querySelector(selector).value) === value", arg=[selector, value]
+        "([selector, value]) => Number(gradioApp().querySelector(selector).value) === value",
+        arg=[selector, value],
+        polling=200,
     )
 
 
@@ -200,7 +203,7 @@ def test_what_is_wrong_is_in_the_themes_colour_of_errors(page):
 
 
 def test_a_pasted_interval_is_read_or_its_fault_is_told(page):
-    note = page.locator("#txt2img_guidance_interval_note")
+    note = page.locator("#txt2img_guidance_interval_note").first  # Gradio 3 gives the id to what is in it, too.
     paste(page, "1,5-80,8")
     wait_for_number(page, "sigma_hi", 80.8)
     wait_for_number(page, "sigma_lo", 1.5)
