@@ -131,6 +131,16 @@ def test_data_of_another_scale(host, ours):
     assert model_sampling.sigma_data == 0.5
 
 
+def test_a_flow_model_whose_noise_is_scaled(host, ours):
+    """x_t = (1 - t) x0 + t * 2 n, of newer hosts' ModelNoiseScale: at t = 1/3 there is as much noise as data."""
+    import comfy.model_sampling
+
+    scaled = type("Scaled", (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST), {})()
+    scaled.noise_scale = 2.0
+    assert ours.patch.to_model_sigma(1.0, scaled) == pytest.approx(1 / 3)
+    assert ours.patch.from_model_sigma(1 / 3, scaled) == pytest.approx(1.0)
+
+
 def test_a_shift_after_our_node_changes_the_time_and_not_the_noise(host, ours):
     ours_first = node(host, "GuidanceInterval", model=harness.tiny_model("flow"))[0]
     shifted = node(host, "ModelSamplingSD3", model=ours_first, shift=7.0)[0]
