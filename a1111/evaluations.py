@@ -203,12 +203,17 @@ def _noise_schedule(model):
         yield
         return
     sampling = predictor_of(objects)
-    before = sampling.sigmas
-    sampling.set_sigmas(processing.rescale_zero_terminal_snr_sigmas(before))
+    before, alphas = sampling.sigmas, getattr(model, "alphas_cumprod", None)
     try:
+        sampling.set_sigmas(processing.rescale_zero_terminal_snr_sigmas(before))
+        if alphas is not None and not getattr(shared.opts, "use_old_clip_g_load_and_ztsnr_application", False):
+            model.alphas_cumprod_original = alphas  # By which reForge's samplers go.
+            sd_models.apply_alpha_schedule_override(model)
         yield
     finally:
         sampling.set_sigmas(before)
+        if alphas is not None:
+            model.alphas_cumprod = alphas
 
 
 def _trial_run(
