@@ -158,7 +158,8 @@ def test_a_copy_is_found_as_it_is_and_mirrored():
 def test_the_neighbours_are_drawn_and_told(tmp_path):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
-    np.savez(tmp_path / "emoji.npz", images=images, held_out=np.arange(60) % 3 == 0)
+    rest = dict.fromkeys(("labels", "names", "styles"), np.zeros(60, int)) | {"classes": ["a"], "name_list": ["b"]}
+    np.savez(tmp_path / "emoji.npz", images=images, held_out=np.arange(60) % 3 == 0, **rest)
     told = memorization.run(tmp_path / "emoji.npz", tmp_path / "new" / "picture.png", samples=20)
     assert "Nearest of 40 training images" in told[1] and "For the 20 real drawings" in told[1]
     with Image.open(tmp_path / "new" / "picture.png") as image:

@@ -133,13 +133,22 @@ def imported(path):
             yield node.module.partition(".")[0]
 
 
+LAZY = {"filelock", "tomlkit", "rich"}  # Of presets.py and files.py, for the commands alone.
+
+
+def test_what_the_commands_alone_import_is_of_their_extra():
+    assert requirements(["tune"]) >= LAZY
+
+
 @pytest.mark.parametrize("room", EXTRAS)
 def test_every_room_s_extra_declares_what_it_imports(room):
     distributions = metadata.packages_distributions()
     files = [*ROOT.glob("*.py"), *(ROOT / "nodes").glob("*.py"), *(ROOT / "a1111").glob("*.py")]
     files = files if not room else list((ROOT / room).rglob("*.py"))
     local = {"guidance_interval", *(p.stem for p in (ROOT / "tests").rglob("*.py")), *sys.stdlib_module_names}
-    local |= OTHERS | ({"PIL", "aiohttp"} if not room else set())  # Every host has Pillow; ComfyUI's server is aiohttp.
+    local |= OTHERS | (
+        {"PIL", "aiohttp", *LAZY} if not room else set()
+    )  # Every host has Pillow; ComfyUI's server is aiohttp.
     local |= {p.stem for p in files}  # Scripts that import each other.
     declared = requirements(EXTRAS[room])
     missing = {

@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import re
 import sqlite3
+import sys
 
 import pytest
 import torch
@@ -251,6 +252,7 @@ def test_a_model_of_one_s_own(tmp_path, monkeypatch):
         "from guidance_interval.lab import model\nload = lambda d: model.load(device=d)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_model", raising=False)  # The documentation's, which other tests run.
     lab = sweep.load_lab("my_model:load", "cpu")
     assert sweep.measured_by(lab) == sweep.measured_by(model.load())
 

@@ -996,8 +996,8 @@ def test_conditional_only_is_no_preset_which_would_be_cfg_everywhere(capsys):
     [
         ("mine=best-9", r"--save 'mine=best-9': a study confirms best-1, best-2, best-3, and no 'best-9'"),
         ("mine=baseline", "and no 'baseline'"),
-        ("mine", r"FILE/presets.toml' cannot be written .its folder is a file.; set GUIDANCE_INTERVAL_PRESETS"),
-        ("mine", r"'.*FOLDER' cannot be written .Is a directory."),
+        ("mine", r"FILE' cannot be written to .it is a file.; set GUIDANCE_INTERVAL_PRESETS"),
+        ("mine", r"FOLDER' cannot be read .it is no file"),
         ("mine", r"BROKEN' cannot be read .*put it right"),
     ],
 )
@@ -1005,9 +1005,10 @@ def test_what_could_not_be_saved_is_told_before_the_work(save, message, tmp_path
     (tmp_path / "FILE").write_text("")
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "BROKEN").write_text("[mine")
-    for name in ("FILE/presets.toml", "FOLDER", "BROKEN"):
+    for name in ("FILE", "FOLDER", "BROKEN"):
         if name in message:
-            monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(tmp_path / name))
+            file = tmp_path / name / "presets.toml" if name == "FILE" else tmp_path / name
+            monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(file))
     monkeypatch.chdir(tmp_path)
     for more in (["--dry-run"], []):
         assert cli.main(["tune", "--model", "emoji", "--save", save, *more]) == 2
@@ -1017,11 +1018,11 @@ def test_what_could_not_be_saved_is_told_before_the_work(save, message, tmp_path
 
 def test_looking_whether_a_preset_can_be_saved_leaves_the_file_as_it_is():
     presets.check_writable()
-    assert not list(presets.my_file().parent.iterdir())
+    assert not presets.my_file().exists()
     file = presets.save_mine("mine", ENTRY)
     before = file.read_bytes()
     presets.check_writable()
-    assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["", "sdxl", "a=b", "a/b", " a", "[x]"])

@@ -20,7 +20,7 @@ import anyio
 import httpx
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import UserError, plain, without_password
+from ..errors import UserError, plain, quoted, without_password
 from ..measure.folder import UNREADABLE, decode, first_line
 from .backends import Refused
 
@@ -68,7 +68,8 @@ class Client:
             if self._url.scheme not in ("http", "https") or not self._url.host or (port is not None and port > 65535):
                 raise ValueError(url)
         except (httpx.InvalidURL, ValueError) as e:
-            raise UserError(f"{option} {without_password(url)!r} is not an address; give one like {example}") from e
+            shown = quoted(without_password(url))
+            raise UserError(f"{option} {shown} is not an address; give one like {example}") from e
         try:
             self._http = httpx.AsyncClient(
                 verify=_ssl(),
@@ -86,7 +87,7 @@ class Client:
     def __str__(self):
         """The address without the password."""
         url = self._url.copy_with(userinfo=b"", query=None, fragment=None)
-        return plain(url).rstrip("/")
+        return plain(url, 150).rstrip("/")
 
     def close(self):
         """Give up what is asked, and end the event loop."""

@@ -334,6 +334,9 @@ class Judge:
         own = {"skip_early_cond": 1e9, "s_min_uncond_all": True}
         before = {name: shared.opts.data.get(name, 0.0) for name in own}
         shared.opts.data.update(own)
+        if "model_options" in kwargs:  # CFG++ samplers of Forge Neo insist there on uncond, which they are told.
+            alone = {"disable_cfg1_optimization": False, "sampler_post_cfg_function": []}
+            kwargs = {**kwargs, "model_options": {**kwargs["model_options"], **alone}}
         try:
             out, rows, _ = self.evaluate(real, denoiser, x, sigma, {**kwargs, "s_min_uncond": 1e9})
         finally:
