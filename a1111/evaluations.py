@@ -206,9 +206,11 @@ def _noise_schedule(model):
     before, alphas = sampling.sigmas, getattr(model, "alphas_cumprod", None)
     try:
         sampling.set_sigmas(processing.rescale_zero_terminal_snr_sigmas(before))
-        if alphas is not None and not getattr(shared.opts, "use_old_clip_g_load_and_ztsnr_application", False):
-            model.alphas_cumprod_original = alphas  # By which reForge's samplers go.
-            sd_models.apply_alpha_schedule_override(model)
+        override = getattr(sd_models, "apply_alpha_schedule_override", None)  # Of reForge, whose samplers go by alphas.
+        old = getattr(shared.opts, "use_old_clip_g_load_and_ztsnr_application", False)
+        if override is not None and alphas is not None and not old:
+            model.alphas_cumprod_original = alphas
+            override(model)
         yield
     finally:
         sampling.set_sigmas(before)
