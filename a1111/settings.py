@@ -21,10 +21,8 @@ BOTH_PASSES = "Both passes"
 FIRST_PASS = "First pass only"
 PASSES = [BOTH_PASSES, FIRST_PASS]
 
-SMALLEST, LARGEST = (
-    1e-9,
-    1e6,
-)  # Of a bound: models are trained from about 0.002 up; 1e6 is t = 1 - 1e-6 of flow matching.
+# Of a bound: models are trained from about 0.002 up; 1e6 is t = 1 - 1e-6 of flow matching.
+SMALLEST, LARGEST = 1e-9, 1e6
 CONTROLS = ("preset", "sigma_lo", "sigma_hi", "passes")  # In their order in the UI and in the API.
 
 # The keys in an image's parameters.
