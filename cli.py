@@ -15,9 +15,9 @@ import torch
 
 from . import __version__, noise_level, presets
 from .errors import UserError, told, user_input
-from .lab.data import DATA
-from .lab.sampling import MAX_SEED
 from .sampler_patch import GuidanceInterval
+from .toy.data import DATA
+from .toy.sampling import MAX_SEED
 
 # What the machine refuses, wherever it shows: a full disk and the like.
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -188,7 +188,7 @@ def parser():
     sweep.add_argument(
         "--model",
         type=path,
-        help="one that ships (clips, optdigits, ...; default: digits), a .safetensors file that `train` wrote, or "
+        help="one of the repository (emoji, clips, ...; default: digits), a .safetensors file that `train` wrote, or "
         "module:function, called with a device, for a lab of your own",
     )
     sweep.set_defaults(run=run_sweep, interrupted=again)

@@ -3,31 +3,32 @@
 import itertools
 import math
 import re
-import unicodedata
 from dataclasses import dataclass
-from decimal import Decimal
 
+from ..interval_text import (
+    AROUND,
+    BOTH_PASSES,
+    CONDITIONAL_ONLY,
+    CUSTOM,
+    FIRST_PASS,
+    INTERVAL_KEY,
+    PASSES_KEY,
+    TITLE,
+    format_interval,
+    is_interval,
+    parse_interval,
+    within_reach,
+)
 from ..presets import MARK, all_presets, get_preset
 from ..sampler_patch import GuidanceInterval
 
-TITLE = "Guidance Interval"
-CUSTOM = "custom"
-CONDITIONAL_ONLY = "conditional only"
 PRESETS = all_presets()  # The published ones, and the user's own.
 PRESET_NAMES = [*PRESETS, CONDITIONAL_ONLY, CUSTOM]
 DEFAULT_PRESET = "sdxl"
 
-BOTH_PASSES = "Both passes"
-FIRST_PASS = "First pass only"
 PASSES = [BOTH_PASSES, FIRST_PASS]
-
-# Of a bound: models are trained from about 0.002 up; 1e6 is t = 1 - 1e-6 of flow matching.
-SMALLEST, LARGEST = 1e-9, 1e6
 CONTROLS = ("preset", "sigma_lo", "sigma_hi", "passes")  # In their order in the UI and in the API.
 
-# The keys in an image's parameters.
-INTERVAL_KEY = "Guidance interval"
-PASSES_KEY = "Guidance interval passes"
 KEYS = (INTERVAL_KEY, PASSES_KEY)
 
 
@@ -93,15 +94,6 @@ def bounds(sigma_lo, sigma_hi):
         raise ValueError(str(e)) from e
 
 
-def within_reach(interval):
-    """Return `interval`, unless it has a bound that no model's noise reaches; raises ValueError."""
-    for name, value in (("sigma_lo", interval.sigma_lo), ("sigma_hi", interval.sigma_hi)):
-        if not (SMALLEST <= value <= LARGEST or value in (0, math.inf)):
-            opened = '0 or "inf" for no upper limit' if name == "sigma_hi" else "0"
-            raise ValueError(f"{name} must be between {SMALLEST:g} and {LARGEST:g}, or {opened}, got {value!r}")
-    return interval
-
-
 def number_box(sigma_hi):
     """`sigma_hi` as its box shows it, which has no inf."""
     return 0.0 if math.isinf(sigma_hi) else sigma_hi
@@ -114,50 +106,6 @@ def preset_of(sigma_lo, sigma_hi):
         if (sigma_lo, sigma_hi or math.inf) == (interval.sigma_lo, interval.sigma_hi):
             return name
     return CUSTOM
-
-
-# ----------------------------------------------------------------------------
-# An interval as text: "0.28-5.42".
-
-_SAME = str.maketrans(
-    dict.fromkeys("\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}\N{WAVE DASH}~", "-") | {"\N{INFINITY}": "inf"}
-)
-_NUMBER = r"(-?(?:\d+(?:[.,]\d*)?|[.,]\d+)(?:e[-+]?\d+)?|inf(?:inity)?)"
-_INTERVAL = re.compile(rf"{_NUMBER}(?:\s*(?:-|;|to|\.\.+)\s*|\s*,\s+){_NUMBER}")
-_AROUND = "()[]\"'\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK} \t"
-
-
-def format_interval(interval):
-    """`sigma_lo-sigma_hi`, exact and without exponents, whose minus would read as the dash."""
-    return "-".join(_format_number(s) for s in (interval.sigma_lo, interval.sigma_hi))
-
-
-def _format_number(value):
-    if math.isinf(value):
-        return "inf"
-    text = format(Decimal(repr(value)), "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def parse_interval(text):
-    """The GuidanceInterval of `0.28-5.42`, or None for "conditional only"; raises ValueError for anything else.
-
-    Read too: decimal commas, exponents, other dashes and "to" in between, two numbers apart by a comma and a space,
-    and brackets or quotes around.
-    """
-    plain = _plain(text)
-    if plain == CONDITIONAL_ONLY:
-        return None
-    found = _INTERVAL.fullmatch(plain)
-    if not found:
-        raise ValueError(f"{text!r} is not an interval; write it as sigma_lo-sigma_hi, like 0.28-5.42 or 0.28-inf")
-    return within_reach(GuidanceInterval(*(float(number.replace(",", ".")) for number in found.groups())))
-
-
-def _plain(text):
-    """Without what stands around, and with one kind of letters, spaces and dashes."""
-    plain = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().translate(_SAME).strip(_AROUND).split())
-    return re.sub(r"(\.\d+),(?=\d*\.)", r"\1, ", plain)  # Both have a point: this comma stands between them.
 
 
 # ----------------------------------------------------------------------------
@@ -216,7 +164,7 @@ def paste(params):
         interval = _pasted_interval(text)
     except ValueError as e:
         return Pasted(said=f"{INTERVAL_KEY!r} of the pasted text was not taken, and nothing was changed: {e}.")
-    passes = params.get(PASSES_KEY, BOTH_PASSES).strip(_AROUND)
+    passes = params.get(PASSES_KEY, BOTH_PASSES).strip(AROUND)
     if passes not in PASSES:
         said.append(f"{PASSES_KEY!r} must be {' or '.join(PASSES)}, got {passes!r}; {BOTH_PASSES} was taken.")
         passes = BOTH_PASSES
@@ -233,7 +181,7 @@ def _pasted_interval(text):
         return parse_interval(text)
     except ValueError:
         before, comma, _ = text.partition(", ")
-        if not comma or not _INTERVAL.fullmatch(_plain(before)):
+        if not comma or not is_interval(before):
             raise
         return parse_interval(before)
 

@@ -475,7 +475,7 @@ class DenoiserRuns:
         return self.two
 
     def demo(self, config):
-        from guidance_interval.lab import model as lab_model
+        from guidance_interval.toy import model as lab_model
 
         lab = lab_model.load(lab_model.SHIPPED.parent / "emoji.safetensors", self.networks.device)
         labels = torch.arange(config.batch, device=self.networks.device) % lab.denoiser.null_class

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 from guidance_interval import GuidanceInterval
-from guidance_interval.lab import data, demo, model
-from guidance_interval.lab.sampling import Setting, sample
+from guidance_interval.lab import demo
+from guidance_interval.toy import data, model
+from guidance_interval.toy.sampling import Setting, sample
 from PIL import Image
 
 SETTINGS = [Setting("cfg", 2.0), Setting("interval", 6.0, GuidanceInterval(0.1, 2.5))]

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from guidance_interval.lab import data, judge
+from guidance_interval.lab import judge
 from guidance_interval.measure import report
+from guidance_interval.toy import data
 from PIL import Image
 
 

@@ -12,8 +12,9 @@ from .. import __version__
 from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder, printed, sole_use
 from ..sampler_patch import GuidanceInterval
-from . import compare, data, model, plots
-from .sampling import BATCH, Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
+from ..toy import data, model
+from ..toy.sampling import BATCH, Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
+from . import compare, plots
 from .scores import Scores, judge_samples, strata
 
 SHARE = 5  # Settings beside the two that compete sample this part of the images.

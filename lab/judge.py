@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..measure.features import file_hash
-from . import data, model
+from ..toy import data, model
 
 
 class Digits:

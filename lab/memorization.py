@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from ..files import output_folder
-from . import data, demo, emoji, model, plots
-from .sampling import Setting, sample
+from ..toy import data, model
+from ..toy.sampling import Setting, sample
+from . import demo, emoji, plots
 
 POOLED = 16  # Pixels a side: a drawing that is shifted by one is still the same.
 COLUMNS = 10

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm, Normalize
 
 from ..files import atomic_path
-from .data import to_pixels
+from ..toy.data import to_pixels
 
 COLUMNS = 20  # Images in a row.
 GUIDED = "#d95f02"

@@ -21,9 +21,10 @@ from ..files import aligned, atomic_path, output_file, output_folder
 from ..measure import metrics
 from ..noise_level import steps_to_interval
 from ..sampler_patch import GuidanceInterval
-from . import data, demo, plots, sweep, workers
+from ..toy import data
+from ..toy.sampling import Setting, class_labels, karras_sigmas, sample
+from . import demo, plots, sweep, workers
 from .compare import against, ratio
-from .sampling import Setting, class_labels, karras_sigmas, sample
 from .scores import judge_samples
 from .sweep import Cell, Job
 
@@ -539,6 +540,8 @@ def run(quick=False, only=None, out=None, page_path=None, devices=None, cluster=
     for figure in only or ():
         if figure not in FIGURES:
             raise UserError(f"unknown figure {figure!r}; there are {', '.join(FIGURES)}")
+    for name in sweep.EXPERIMENTS:
+        sweep.experiment(name)
     workers.check(devices, cluster)
     scale = QUICK if quick else FULL
     out = output_folder(out or Path("out") / ("results-quick" if quick else "results"))

@@ -7,7 +7,6 @@ file alone.
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import inspect
 import itertools
@@ -27,8 +26,9 @@ from tqdm.auto import tqdm
 from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder, printed
 from ..sampler_patch import GuidanceInterval
-from . import compare, model, plots, workers
-from .sampling import Setting, check_seed, check_weight, evaluations, get_sampler, sample
+from ..toy import model
+from ..toy.sampling import Setting, check_seed, check_weight, evaluations, get_sampler, sample
+from . import compare, plots, workers
 from .scores import SCORES_VERSION, Scores, judge_samples
 
 # ----------------------------------------------------------------------------
@@ -205,24 +205,38 @@ class Job:
         return dict(**common, model=name, **measured_by(lab))
 
 
+# The models that the experiments alone need. They are in the repository, not in what is installed.
+EXPERIMENTS = ("clips", "digits-seed1", "digits-seed2", "emoji-seed1", "emoji-seed2", "optdigits")
+
+
+def experiment(name):
+    """The path of one of EXPERIMENTS' model files; raises UserError where the package came without them."""
+    path = Path(__file__).parent / "weights" / f"{name}.safetensors"
+    if not path.is_file():
+        raise UserError(f"model {name!r} is not in the installed package; run this in a clone of the repository")
+    return path
+
+
 def load_lab(source, device):
     """Return the `model.Lab` of a source: the shipped digits for None, a model file, or what a function gives.
 
-    source: None, the name of a model that ships (`clips`), the path of a .safetensors file that `lab/train.py` wrote,
-    or `module:function`, which is called with the device. Raises UserError, with the source, when there is none or it
-    is no lab; what the function itself raises is passed on.
+    source: None, the name of a model that ships (`emoji`) or of an experiment (`clips`), the path of a .safetensors
+    file that `lab/train.py` wrote, or `module:function`, which is called with the device. Raises UserError, with the
+    source, when there is none or it is no lab; what the function itself raises is passed on.
     """
     if source is None:
         return model.load(device=device)
+    if source in EXPERIMENTS:
+        return model.load(experiment(source), device)
     if source in model.shipped():
         return model.load(model.shipped()[source], device)
     if source.endswith(".safetensors"):
         return model.load(source, device)
     module, _, function = source.partition(":")
     if not module or not function:
+        known = sorted({*EXPERIMENTS, *model.shipped()})
         raise UserError(
-            f"model must be given as module:function, a .safetensors file or one of {', '.join(model.shipped())}, "
-            f"got {source!r}"
+            f"model must be given as module:function, a .safetensors file or one of {', '.join(known)}, got {source!r}"
         )
     try:
         make = getattr(importlib.import_module(module), function)
@@ -249,11 +263,7 @@ def _takes_a_device(function):
 
 def measured_by(lab):
     """What moves the numbers of a cell beside its settings: the weights that sample and judge, and the scores' code."""
-    digest = hashlib.sha256()
-    for module in filter(None, (lab.denoiser, lab.classifier, getattr(lab, "ruler", None))):
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return dict(weights=digest.hexdigest()[:16], scores=SCORES_VERSION)
+    return dict(weights=model.fingerprint(lab), scores=SCORES_VERSION)
 
 
 def decisions(job, cell):

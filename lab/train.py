@@ -16,7 +16,7 @@ from tqdm.auto import trange
 
 from ..errors import UserError
 from ..files import output_file
-from . import data, model, networks
+from ..toy import data, model, networks
 
 UNET = dict(channels=(32, 128), mid_blocks=2, emb=128, dropout=0.1)
 CLASSIFIER = dict(channels=(32, 64, 64), hidden=64, dropout=0.3)

@@ -16,7 +16,8 @@ from tqdm.auto import trange
 
 from ..errors import UserError
 from ..files import output_file
-from . import data, emoji, model, networks
+from ..toy import data, model, networks
+from . import emoji
 from .scores import class_spread
 from .train import augment
 

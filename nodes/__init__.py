@@ -7,6 +7,7 @@ import comfy.samplers
 from comfy_api.latest import ComfyExtension, io
 
 from ..errors import UserError
+from ..interval_text import CONDITIONAL_ONLY, LARGEST
 from ..noise_level import steps_to_interval
 from ..presets import all_presets, get_preset
 from . import demo, live, model_patch
@@ -16,7 +17,6 @@ from .model_patch import OPEN, to_interval
 from .schedule import describe_schedule
 
 ALIASES = ["guidance interval", "guidance limiter", "cfg limiter", "limited interval", "skip uncond"]
-SIGMA_MAX = 1000000.0
 SIGMA_TIP = (
     "Noise relative to the image, as k-diffusion and EDM count it; the same numbers mean the same for every model."
 )
@@ -47,7 +47,7 @@ def _patched_model():
 def _sigma(name, default, tip):
     # The front end keeps as many decimals of what is typed as the step has.
     tip = f"{tip} {SIGMA_TIP}"
-    return io.Float.Input(name, default=default, min=OPEN, max=SIGMA_MAX, step=0.001, round=False, tooltip=tip)
+    return io.Float.Input(name, default=default, min=OPEN, max=LARGEST, step=0.001, round=False, tooltip=tip)
 
 
 def _sigma_lo():
@@ -78,7 +78,7 @@ def _outside():
         io.Combo.Input(
             "outside",
             options=list(model_patch.OUTSIDE),
-            default=model_patch.COND_ONLY,
+            default=CONDITIONAL_ONLY,
             optional=True,
             tooltip="conditional only: outside the interval nothing but the positive prompt's prediction counts, and "
             "other guidance (PAG, SLG, APG, ...) is limited too. keep other patches: they go on outside, with CFG off.",
@@ -91,7 +91,7 @@ def _limited(node, model, sigma_lo, sigma_hi, units, outside):
     return _patched(node, model, in_units(to_interval(sigma_lo, sigma_hi)), outside)
 
 
-def _patched(node, model, resolve, outside=model_patch.COND_ONLY):
+def _patched(node, model, resolve, outside=CONDITIONAL_ONLY):
     return model_patch.patch_model(model, resolve, outside, live.teller(node, model), live.stages(node))
 
 
@@ -161,7 +161,7 @@ class SigmaInterval(io.ComfyNode):
         return _check(cls, to_interval, sigma_lo=sigma_lo, sigma_hi=sigma_hi)
 
     @classmethod
-    def execute(cls, model, sigma_lo, sigma_hi, units="edm", outside=model_patch.COND_ONLY):
+    def execute(cls, model, sigma_lo, sigma_hi, units="edm", outside=CONDITIONAL_ONLY):
         _refuse(cls.validate_inputs(sigma_lo, sigma_hi))
         return io.NodeOutput(_limited(cls, model, sigma_lo, sigma_hi, units, outside))
 
@@ -340,7 +340,7 @@ class IntervalGuider(io.ComfyNode):
         sigma_hi,
         model_negative=None,
         units="edm",
-        outside=model_patch.COND_ONLY,
+        outside=CONDITIONAL_ONLY,
     ):
         _refuse(cls.validate_inputs(sigma_lo, sigma_hi))
         model = _limited(cls, model, sigma_lo, sigma_hi, units, outside)

@@ -7,6 +7,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..interval_text import CONDITIONAL_ONLY
 from .model_patch import in_edm_units, nowhere, patch_model, to_interval, unpatch_model
 from .pictures import label_grid, to_image
 
@@ -68,7 +69,7 @@ def compare(model, positive, negative, vae, latent, intervals, sample, cfg):
     plain = unpatch_model(model)
     settings = [("CFG everywhere", plain)]
     settings += [(f"{interval}", patch_model(plain, in_edm_units(interval))) for interval in intervals]
-    settings += [("conditional only", patch_model(plain, nowhere))]
+    settings += [(CONDITIONAL_ONLY, patch_model(plain, nowhere))]
     comfy.model_management.load_models_gpu([plain])  # Not to be timed with the first.
     columns = []
     for label, patched in settings:

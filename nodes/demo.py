@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from ..lab import model as lab_model
-from ..lab.sampling import SIGMA_MAX, SIGMA_MIN
+from ..toy import model as lab_model
+from ..toy.sampling import SIGMA_MAX, SIGMA_MIN
 
 EMOJI = lab_model.SHIPPED.with_name("emoji.safetensors")
 NONE = "none"  # The prompt without a subgroup.

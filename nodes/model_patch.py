@@ -21,14 +21,14 @@ import torch
 from comfy.k_diffusion import sampling as k_diffusion_sampling
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
+from ..interval_text import CONDITIONAL_ONLY
 from ..noise_level import flow_time_to_sigma, rescale_sigma, sigma_to_flow_time
 from ..sampler_patch import GuidanceInterval
 from . import host
 
 # What the model's evaluations outside of the interval return.
-COND_ONLY = "conditional only"  # The conditional prediction, whatever other guidance is stacked on the model.
 KEEP_PATCHES = "keep other patches"  # The host's chain at weight 1 with uncond = cond: patches other than CFG act.
-OUTSIDE = (COND_ONLY, KEEP_PATCHES)
+OUTSIDE = (CONDITIONAL_ONLY, KEEP_PATCHES)
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ class IntervalPatch:
     """
 
     resolve: Callable
-    outside: str = COND_ONLY
+    outside: str = CONDITIONAL_ONLY
     tell: Callable | None = None
     stages: Callable | None = None
 
@@ -339,7 +339,7 @@ class IntervalPatch:
         """What an evaluation outside of the interval returns, from B rows for each of the positive's conds."""
         model, cond = guider.inner_model, guider.conds["positive"]
         added = model_options.get(host.POST_CFG, ())
-        if self.outside == COND_ONLY:
+        if self.outside == CONDITIONAL_ONLY:
             # CFG++ samplers take their uncond from a function that they add for the call; nodes' are on the model.
             nodes = guider.model_options.get(host.POST_CFG, ())
             samplers = [fn for fn in added if fn not in nodes]
@@ -350,7 +350,7 @@ class IntervalPatch:
         return host.sampling_function(model, x, sigma, cond, 1.0, {**model_options, host.POST_CFG: kept}, seed)
 
 
-def patch_model(model, resolve, outside=COND_ONLY, tell=None, stages=None):
+def patch_model(model, resolve, outside=CONDITIONAL_ONLY, tell=None, stages=None):
     """A clone of `model` (a ModelPatcher) that is guided in the interval alone; an earlier interval is replaced."""
     model = unpatch_model(model)
     patch = IntervalPatch(resolve, outside, tell, stages)

@@ -20,7 +20,7 @@ with contextlib.suppress(ImportError):  # The web UIs' environments need not hav
 
 @pytest.fixture(scope="session")
 def lab():
-    from guidance_interval.lab import model
+    from guidance_interval.toy import model
 
     return model.load()
 

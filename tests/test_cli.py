@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from guidance_interval import cli, errors, files, noise_level
-from guidance_interval.lab import demo, model, plots, sampling, sweep
+from guidance_interval.lab import demo, plots, sweep
+from guidance_interval.toy import model, sampling
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -426,7 +427,7 @@ def test_a_model_file_that_finds_no_room(tmp_path):
     code = """
         import resource
         from guidance_interval import errors
-        from guidance_interval.lab import model
+        from guidance_interval.toy import model
         lab = model.load()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
@@ -621,7 +622,7 @@ BROKEN = {
 def test_a_lab_of_one_s_own_is_looked_at_first(capsys, tmp_path, monkeypatch, nothing_is_sampled, what):
     name = f"own_{abs(hash(what))}"
     (tmp_path / f"{name}.py").write_text(
-        "import dataclasses, torch\nfrom guidance_interval.lab import model\n"
+        "import dataclasses, torch\nfrom guidance_interval.toy import model\n"
         "def load(device):\n    lab = model.load(device=device)\n"
         f"    but = lambda **changed: dataclasses.replace(lab, **changed)\n    return {what}\n"
     )
@@ -639,7 +640,7 @@ def test_what_a_function_of_one_s_own_raises_is_shown_whole(tmp_path, monkeypatc
 
 def test_training_judges_its_files_first_and_keeps_the_model_that_ships(capsys, tmp_path, monkeypatch):
     before = model.SHIPPED.stat().st_mtime_ns
-    other = model.SHIPPED.with_name("clips.safetensors")
+    other = sweep.experiment("clips")
     line = refused(capsys, "train", "--classifier", other, "--out", "m.safetensors")
     assert "of another data set" in line
     args = ["--device", "cpu", "--steps", "3", "--batch", "8", "--classifier", model.SHIPPED]

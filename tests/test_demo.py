@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 from guidance_interval import cli
-from guidance_interval.lab import demo, model, plots
-from guidance_interval.lab.sampling import Samples, Setting, class_labels, sample
+from guidance_interval.lab import demo, plots
 from guidance_interval.lab.scores import Scores, judge_samples
+from guidance_interval.toy import model
+from guidance_interval.toy.sampling import Samples, Setting, class_labels, sample
 from PIL import Image
 
 FAST = ["--samples", "60", "--steps", "8", "--sampler", "euler"]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from guidance_interval import CFGDenoiser, GuidanceInterval
-from guidance_interval.lab.sampling import get_sampler, karras_sigmas, schedule_args
+from guidance_interval.toy.sampling import get_sampler, karras_sigmas, schedule_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from k_diffusion import sampling

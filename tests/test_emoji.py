@@ -7,7 +7,8 @@ import pytest
 import torch
 from guidance_interval import GuidanceInterval
 from guidance_interval.errors import UserError
-from guidance_interval.lab import data, emoji, memorization, model, networks, sampling, scores, train_emoji
+from guidance_interval.lab import emoji, memorization, scores, sweep, train_emoji
+from guidance_interval.toy import data, model, networks, sampling
 from PIL import Image
 
 NAMES = ("emoji", "emoji-seed1", "emoji-seed2")
@@ -15,11 +16,11 @@ NAMES = ("emoji", "emoji-seed1", "emoji-seed2")
 
 @pytest.fixture(scope="module", params=NAMES)
 def lab(request):
-    return model.load(model.SHIPPED.with_name(f"{request.param}.safetensors"))
+    return sweep.load_lab(request.param, "cpu")
 
 
 def test_the_files_are_small_and_know_their_classes(lab):
-    assert all(model.SHIPPED.with_name(f"{n}.safetensors").stat().st_size < 6 * 2**20 for n in NAMES)
+    assert model.shipped()["emoji"].stat().st_size < 6 * 2**20
     assert len(lab.config["classes"]) == lab.config["num_classes"] == lab.denoiser.null_class == 96
     assert {"face-smiling", "food-fruit", "country-flag"} <= set(lab.config["classes"])
     assert "CC BY 4.0" in lab.record["data"] and lab.record["held_out_images"] > 700

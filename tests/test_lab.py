@@ -7,8 +7,9 @@ import pytest
 import torch
 from guidance_interval import GuidanceInterval, cli
 from guidance_interval.errors import UserError
-from guidance_interval.lab import data, model, sampling, scores, train
+from guidance_interval.lab import scores, train
 from guidance_interval.measure import metrics
+from guidance_interval.toy import data, model, sampling
 from safetensors.torch import save_file
 from scipy import linalg
 

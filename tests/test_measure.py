@@ -18,8 +18,9 @@ import pytest
 import torch
 from guidance_interval import cli
 from guidance_interval.errors import UserError
-from guidance_interval.lab import data, judge
+from guidance_interval.lab import judge, sweep
 from guidance_interval.measure import features, folder, metrics, report
+from guidance_interval.toy import data
 from PIL import Image
 
 # ----------------------------------------------------------------------------
@@ -568,7 +569,7 @@ def test_a_large_image_is_measured_in_little_more_than_its_pixels(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (size, size), (9, 200, 99)).save(tmp_path / name / "a.jpg")
     code = (
-        "import re, sys; from guidance_interval.lab import judge; from tqdm import tqdm\n"
+        "import re, sys; from guidance_interval.lab import judge, sweep; from tqdm import tqdm\n"
         "from guidance_interval.measure import features, folder\n"
         "for name in ('small', 'large'):\n"
         "    f = folder.Folder(sys.argv[1] + '/' + name); e = [judge.Digits(), features.Pixels()]\n"
@@ -898,8 +899,8 @@ def test_files_of_weights_that_do_not_do_are_told_before_any_image_is_read(tmp_p
         (f"clip={bad['list']}", r"list.config\.json cannot be read"),
         (f"inception={tmp_path / 'short.pth'}", r"short\.pth is not torch-fidelity's"),
         (f"digits={tmp_path / 'short.safetensors'}", r"short\.safetensors' is not a readable safetensors file"),
-        (f"digits={judge.model.SHIPPED.with_name('optdigits.safetensors')}", "is not for 28x28 grey images"),
-        (f"digits={judge.model.SHIPPED.with_name('clips.safetensors')}", "is not for 28x28 grey images"),
+        (f"digits={sweep.experiment('optdigits')}", "is not for 28x28 grey images"),
+        (f"digits={sweep.experiment('clips')}", "is not for 28x28 grey images"),
     ):
         with pytest.raises(UserError, match=says):
             run(tmp_path, "cfg", use=[spec])

@@ -22,8 +22,8 @@ for name in ("comfy", "modules", "k_diffusion", "safetensors", "matplotlib", "sc
 """
 
 
-def python(code, path):
-    return subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True)
+def python(code, path, *args):
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=path, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_an_import_that_leads_nowhere_is_found(tmp_path, dangling_imports):
 
 def test_the_wheel_holds_the_package_the_model_and_the_command(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("__init__.py", "sampler_patch.py", "cli.py", "lab/demo.py", "lab/digits.safetensors"):
+    for name in ("__init__.py", "sampler_patch.py", "cli.py", "lab/demo.py", "toy/digits.safetensors"):
         assert f"guidance_interval/{name}" in names
     assert {f"guidance_interval/tune/page/{p.name}" for p in (ROOT / "tune" / "page").iterdir()} < set(names)
     assert not [n for n in names if n.startswith(("tests", "lab/", "guidance_interval/tests", "benchmarks"))]
@@ -97,15 +97,33 @@ def test_an_installed_wheel_works_without_hosts_and_without_the_lab(wheel, tmp_p
     assert done.returncode == 2 and "pip install -e '.[lab]'" in done.stderr
 
 
+def test_the_models_of_the_experiments_stay_in_the_repository(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    assert not list(tmp_path.glob("guidance_interval/lab/**/*.safetensors"))
+    code = "import sys; sys.path.insert(0, '.'); from guidance_interval import cli; sys.exit(cli.main(sys.argv[1:]))"
+    for command in (["results", "--quick"], ["sweep", "--model", "clips"]):
+        done = python(code, tmp_path, *command)
+        assert done.returncode == 2 and not (tmp_path / "out").exists()
+        assert "is not in the installed package; run this in a clone of the repository" in done.stderr
+
+
+def test_the_old_name_of_the_models_still_works():
+    from guidance_interval.lab import model as old
+    from guidance_interval.toy import model
+
+    assert old is model
+
+
 def test_importing_the_package_imports_no_host_and_no_lab():
-    code = "import sys, guidance_interval; print(sorted(m for m in sys.modules if m.partition('.')[0] in " + (
-        "{'comfy', 'modules', 'k_diffusion', 'matplotlib', 'safetensors'} or m.startswith('guidance_interval.lab')))"
-    )
-    assert python(code, "/").stdout.strip() == "[]"
+    done = python("import sys, guidance_interval; print(*sys.modules)", "/")
+    loaded = {m for m in done.stdout.split() if m.startswith("guidance_interval.")}
+    assert loaded == {f"guidance_interval.{m}" for m in ("errors", "files", "noise_level", "presets", "sampler_patch")}
+    others = {"comfy", "modules", "k_diffusion", "matplotlib", "safetensors"}
+    assert not others & {m.partition(".")[0] for m in done.stdout.split()}
 
 
 # What the rooms may need beyond torch and numpy. Hosts bring what nodes/, a1111/ and scripts/ import of theirs.
-EXTRAS = {"": [], "lab": ["lab", "cluster", "train"], "measure": ["measure"], "tune": ["tune"],
+EXTRAS = {"": [], "toy": ["lab"], "lab": ["lab", "cluster", "train"], "measure": ["measure"], "tune": ["tune"],
           "benchmarks": ["measure", "dev", "comfy-test"], "tests": ["measure", "dev", "comfy-test"]}  # fmt: skip
 OTHERS = {"comfy", "comfy_api", "comfy_extras", "comfyui_version", "nodes", "folder_paths", "backend", "gradio", "ldm",
           "ldm_patched", "modules", "modules_forge", "webui", "fastapi", "omegaconf", "open_clip"}  # fmt: skip

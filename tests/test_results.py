@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 from guidance_interval import cli
-from guidance_interval.lab import results, sampling, sweep
+from guidance_interval.lab import results, sweep
 from guidance_interval.lab.compare import Ratio
 from guidance_interval.lab.scores import Scores
+from guidance_interval.toy import sampling
 from PIL import Image
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from guidance_interval import cli
 from guidance_interval.errors import UserError
-from guidance_interval.lab import model, sampling, sweep
+from guidance_interval.lab import sweep
 from guidance_interval.lab.scores import SCORES_VERSION, Scores
+from guidance_interval.toy import model, sampling
 from PIL import Image
 
 ARGS = dict(sigma_los=[0.0, 0.1], sigma_his=[2.5, math.inf], weights=[1.5, 2.0, 4.0], samples=20, sampler="euler")
@@ -249,7 +250,7 @@ def test_an_adaptive_sampler_s_cells_are_never_taken_for_one():
 
 def test_a_model_of_one_s_own(tmp_path, monkeypatch):
     (tmp_path / "my_model.py").write_text(
-        "from guidance_interval.lab import model\nload = lambda d: model.load(device=d)\n"
+        "from guidance_interval.toy import model\nload = lambda d: model.load(device=d)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_model", raising=False)  # The documentation's, which other tests run.

@@ -23,6 +23,7 @@ import torch
 from guidance_interval import cli, presets
 from guidance_interval.a1111 import settings as a1111_settings
 from guidance_interval.errors import UserError
+from guidance_interval.interval_text import CONDITIONAL_ONLY
 from guidance_interval.measure.metrics import cmmd
 from guidance_interval.tune import clip, command, confirm, objectives, sampler, study, webui
 from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Rendered, Setting, everywhere
@@ -388,9 +389,9 @@ def test_the_time_left_is_told_by_images_and_from_the_first_on(monkeypatch):
 def test_each_trial_has_its_turn_of_the_baselines_blocks(tmp_path):
     search = make_search(tmp_path, trials=20)
     found, plan = search.run(), search.plan
-    base, conditional = (search.measured(label) for label in (study.BASELINE, study.CONDITIONAL_LABEL))
+    base, conditional = (search.measured(label) for label in (study.BASELINE, CONDITIONAL_ONLY))
     assert base["blocks"] == [*range(16)] and conditional["blocks"] == [*range(16)]
-    rest = [t for t in found if t.user_attrs.get("label") not in (study.BASELINE, study.CONDITIONAL_LABEL)]
+    rest = [t for t in found if t.user_attrs.get("label") not in (study.BASELINE, CONDITIONAL_ONLY)]
     assert {t.user_attrs["measured"]["blocks"][0] for t in rest} == {*range(0, 16, 2)}
     for trial in rest:
         measured = trial.user_attrs["measured"]
@@ -462,7 +463,7 @@ def test_what_goes_on_is_unclear_and_has_room_in_the_trials_so_far(tmp_path, mon
     def add(weight, adherence, variety, rows, label=None):
         blocks = len(adherence)
         found = {**measured(adherence), "variety": [variety] * blocks, "rows": [rows] * blocks}
-        beyond = 0.0 if label != study.CONDITIONAL_LABEL else 1.0
+        beyond = 0.0 if label != CONDITIONAL_ONLY else 1.0
         told = {"measured": found, "setting": [0.1, 10.0, weight], "beyond": beyond} | (
             {"label": label} if label else {}
         )
@@ -471,7 +472,7 @@ def test_what_goes_on_is_unclear_and_has_room_in_the_trials_so_far(tmp_path, mon
         )
 
     add(4.0, [0.0] * 16, 0.0, 14.0, study.BASELINE)
-    add(1.0, [-3.0, -6.5] * 2, 9.0, 7.0, study.CONDITIONAL_LABEL)  # It has all that it is to have.
+    add(1.0, [-3.0, -6.5] * 2, 9.0, 7.0, CONDITIONAL_ONLY)  # It has all that it is to have.
     for i in range(6):
         add(5.0 + i, [0.0, 0.0], 0.5 + i / 50, 11.0 + i / 10)  # On the front, and within the bound without a doubt.
     assert search._undecided() is None  # 8 trials of 4 blocks each, and 32 are rendered.

@@ -14,11 +14,12 @@ import torch
 from guidance_interval import GuidanceInterval, get_preset
 from guidance_interval.a1111 import patch, picture
 from guidance_interval.a1111 import settings as st
+from guidance_interval.interval_text import LARGEST, SMALLEST
 from hypothesis import given
 from hypothesis import strategies as some
 
 ROOT = Path(guidance_interval.__file__).parent
-positive = some.just(0.0) | some.floats(st.SMALLEST, st.LARGEST)
+positive = some.just(0.0) | some.floats(SMALLEST, LARGEST)
 
 
 @pytest.fixture
@@ -217,7 +218,7 @@ def test_passes_that_cannot_be_read_are_told():
 
 
 @pytest.mark.parametrize("name", ["sigma_lo", "sigma_hi"])
-@pytest.mark.parametrize("value", [1e-300, st.LARGEST * 1.01, 1e300])
+@pytest.mark.parametrize("value", [1e-300, LARGEST * 1.01, 1e300])
 def test_a_bound_that_no_noise_reaches_is_refused(name, value):
     lo, hi = (value, 1e308) if name == "sigma_lo" else (0.0, value)
     with pytest.raises(ValueError, match=f"{name} must be between 1e-09 and 1e[+]06.*got {re.escape(repr(value))}"):

@@ -25,7 +25,7 @@ COMMAND = ["--sigma-lo", "0", "0.1", "--sigma-hi", "2.5", "inf", "--weight", "1.
 COMMAND += ["--sampler", "euler_ancestral", "--steps", "4"]
 SLOW = """
 import os, pathlib, time
-from guidance_interval.lab import model
+from guidance_interval.toy import model
 
 def load(device):
     lab = model.load(device=device)

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ..a1111.settings import CONDITIONAL_ONLY, INTERVAL_KEY, format_interval
 from ..errors import plain
+from ..interval_text import CONDITIONAL_ONLY, INTERVAL_KEY, LARGEST, format_interval
 from ..sampler_patch import GuidanceInterval
-
-SIGMA_MAX = 1_000_000.0  # The largest bound that ComfyUI's node takes.
 
 
 class Refused(Exception):
@@ -98,7 +96,7 @@ def paste_comfyui(setting):
     if setting.conditional_only:
         # A flow model begins at sigma = inf, which every open end holds. As models count themselves, where that is
         # t = 1, none comes near this bound.
-        lo, hi, units = SIGMA_MAX, math.inf, "model"
+        lo, hi, units = LARGEST, math.inf, "model"
     inputs = {"sigma_lo": lo, "sigma_hi": -1.0 if hi == math.inf else hi, "units": units, "outside": CONDITIONAL_ONLY}
     return {"class_type": "GuidanceInterval", "inputs": inputs}
 

@@ -5,9 +5,9 @@ import math
 import time
 from pathlib import Path
 
-from ..a1111.settings import CONDITIONAL_ONLY
 from ..errors import UserError, plain, quoted
 from ..files import aligned, output_folder, printed, sole_use
+from ..interval_text import CONDITIONAL_ONLY
 from . import confirm, objectives, study
 from .backends import Refused, everywhere
 from .view import View, duration

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from .. import __version__
 from ..files import atomic_path
+from ..interval_text import CONDITIONAL_ONLY
 from . import objectives, study
 from .backends import CONDITIONAL
 from .images import Folder
@@ -59,7 +60,7 @@ def report(search, out, confirmed):
     """Write confirmed.json, all that the report tells, and return it."""
     plan, backend = search.plan, search.backend
     kept = [m for m in objectives.metrics(search.judge, backend.sigmas is not None)]
-    base, drift = search.measured(study.BASELINE), search.measured(study.CONDITIONAL_LABEL)
+    base, drift = search.measured(study.BASELINE), search.measured(CONDITIONAL_ONLY)
     settings = []
     for key, label, setting, trial in choose(search):
         folder = setting.folder

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..lab import data, model
-from ..lab.demo import DEFAULTS
-from ..lab.sampling import evaluations, get_sampler, karras_sigmas, schedule_args
-from ..lab.sweep import measured_by
 from ..measure.metrics import frechet_distance
 from ..noise_level import rescale_sigma
 from ..sampler_patch import CFGDenoiser, GuidanceInterval
+from ..toy import data, model
+from ..toy.sampling import evaluations, get_sampler, karras_sigmas, schedule_args
 from . import backends
 from .backends import Rendered
 
@@ -34,14 +32,14 @@ class Emoji:
     """
 
     host, source, workers = "emoji", "emoji", 0
-    weight = DEFAULTS["emoji"].strong
+    weight = 4.0
 
     def __init__(self, device="cpu"):
         self.lab, self.device, self.steps = load(device), device, STEPS
         self.prompts = list(self.lab.config["classes"])
         own, _ = evaluations(SAMPLER, self.steps)
         self.sigmas = rescale_sigma(own, self.lab.config["sigma_data"])
-        self.identity = {"model": measured_by(self.lab)["weights"], "sampler": SAMPLER, "steps": self.steps}
+        self.identity = {"model": model.fingerprint(self.lab), "sampler": SAMPLER, "steps": self.steps}
 
     def render(self, jobs):
         by_setting = {}
@@ -99,7 +97,7 @@ class EmojiJudge:
 
     def __init__(self, device="cpu", reference=None):
         self.lab, self.device, self.reference = load(device), device, reference
-        self.identity = f"emoji/1 {measured_by(self.lab)['weights']}"
+        self.identity = f"emoji/1 {model.fingerprint(self.lab)}"
 
     def check(self, prompts):
         """Nothing is missing."""

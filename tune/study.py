@@ -28,6 +28,7 @@ import optuna
 from optuna.trial import TrialState
 
 from ..errors import UserError, without_password
+from ..interval_text import CONDITIONAL_ONLY
 from ..presets import get_preset
 from . import objectives
 from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
@@ -36,7 +37,7 @@ from .objectives import SEEDS
 from .sampler import STARTUP, Belief, IntervalSampler, to_setting
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
-BASELINE, CONDITIONAL_LABEL, PRESET = "CFG as it was", "conditional only", "sdxl"
+BASELINE, PRESET = "CFG as it was", "sdxl"
 OPEN = 100.0  # Above it there is hardly any image left: as good as no bound.
 VERSION = 3  # Of what trials hold: a study is not gone on with by another one.
 SURPLUS = "surplus: another process has it, or had begun the last one"
@@ -187,7 +188,7 @@ def first_trials(backend, ranges):
 
     return [
         (BASELINE, everywhere(backend.weight), {"sigma_lo": lo[0], "sigma_hi": hi[1], "weight": backend.weight}),
-        (CONDITIONAL_LABEL, CONDITIONAL, {"sigma_lo": lo[0], "sigma_hi": hi[0], "weight": weight[0]}),
+        (CONDITIONAL_ONLY, CONDITIONAL, {"sigma_lo": lo[0], "sigma_hi": hi[0], "weight": weight[0]}),
         (
             f"preset {PRESET}",
             Setting(preset.sigma_lo, preset.sigma_hi, backend.weight),
@@ -469,7 +470,7 @@ class Search:
         trial.set_user_attr("turn", turn)
         if label == BASELINE:
             parts = [range(len(self.plan.search))]
-        elif label == CONDITIONAL_LABEL:
+        elif label == CONDITIONAL_ONLY:
             parts = [self.plan.of_all_turns]
         else:
             stages = self.plan.stages if had is None else [self.plan.next_stage(had)]
@@ -513,7 +514,7 @@ class Search:
             t
             for t in found
             if 0 < missing[t.number] <= room and t.user_attrs["setting"] not in going
-            and t.user_attrs.get("label") != CONDITIONAL_LABEL
+            and t.user_attrs.get("label") != CONDITIONAL_ONLY
             and not self._is_lost(t, t.user_attrs["measured"], baseline, front)
         ]  # fmt: skip
         best = max(left, key=worth, default=None)

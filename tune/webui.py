@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from ..a1111.settings import BOTH_PASSES, CONDITIONAL_ONLY, CUSTOM, TITLE
 from ..errors import UserError, plain
+from ..interval_text import BOTH_PASSES, CONDITIONAL_ONLY, CUSTOM, TITLE
 from . import backends
 from .backends import Refused, Rendered
 from .client import Client, Gone, read_image

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from guidance_interval import CFGDenoiser, GuidanceInterval
-from guidance_interval.lab import model as lab_model
-from guidance_interval.lab import sampling
+from guidance_interval.toy import model as lab_model
+from guidance_interval.toy import sampling
 
 EMOJI = lab_model.SHIPPED.with_name("emoji.safetensors")
 

@@ -38,9 +38,9 @@ def packed(tmp_path_factory):
 
 def test_the_package_is_small_and_has_no_tests_and_no_other_models(packed):
     names = {str(p.relative_to(packed)) for p in packed.rglob("*") if p.is_file()}
-    assert {"__init__.py", "lab/emoji.safetensors", "README.md", "workflows/01_try_it.json"} <= names
+    assert {"__init__.py", "toy/emoji.safetensors", "README.md", "workflows/01_try_it.json"} <= names
     assert {"LICENSE", "NOTICE"} <= names
-    assert [n for n in names if n.endswith(".safetensors")] == ["lab/emoji.safetensors"]
+    assert [n for n in names if n.endswith(".safetensors")] == ["toy/emoji.safetensors"]
     assert not [n for n in names if n.startswith(("tests/", "docs/", "benchmarks/", "scripts/"))]
     assert sum(p.stat().st_size for p in packed.rglob("*") if p.is_file()) < 12 * 2**20
 

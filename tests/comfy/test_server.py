@@ -388,7 +388,8 @@ def test_the_workflow_that_needs_no_download_runs_as_it_is(server, object_info):
 def test_images_of_the_demo_model_measure_as_the_labs_do(server, weight, interval):
     """500 images, saved by the server, against 500 of other noise that the lab samples, of the same classes."""
     from guidance_interval import GuidanceInterval
-    from guidance_interval.lab import data, model, sampling, scores
+    from guidance_interval.lab import scores
+    from guidance_interval.toy import data, model, sampling
 
     lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
     setting = sampling.Setting("", weight, interval and GuidanceInterval(*interval))

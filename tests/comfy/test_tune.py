@@ -15,7 +15,7 @@ import pytest
 import torch
 from guidance_interval import presets
 from guidance_interval.errors import UserError
-from guidance_interval.lab import model
+from guidance_interval.toy import model
 from guidance_interval.tune import servers, workflow
 from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting, everywhere, paste_comfyui
 from guidance_interval.tune.client import Client

@@ -38,7 +38,7 @@ class Emoji:
     """The model that ships, asked for `PROMPTS`, 4 images of each."""
 
     def __init__(self):
-        from guidance_interval.lab import model
+        from guidance_interval.toy import model
 
         self.lab = model.load(model.shipped()["emoji"])
         self.labels = torch.tensor([self.lab.config["classes"].index(p) for p in PROMPTS]).repeat_interleave(len(SEEDS))
@@ -47,7 +47,7 @@ class Emoji:
     def render(self, sigma_lo, sigma_hi, weight, seed):
         """`(x, {metric: values of each prompt})`; the noise is the same for every setting."""
         from guidance_interval import CFGDenoiser, GuidanceInterval
-        from guidance_interval.lab.sampling import get_sampler, karras_sigmas
+        from guidance_interval.toy.sampling import get_sampler, karras_sigmas
 
         denoiser = CFGDenoiser(self.lab.denoiser, GuidanceInterval(sigma_lo, sigma_hi))
         sigmas = karras_sigmas(8)
@@ -63,7 +63,7 @@ class Emoji:
 
 def write_images(emoji, x, folder):
     """PNGs that tell their setting in their text, as those of ComfyUI do."""
-    from guidance_interval.lab.data import SIGMA_DATA
+    from guidance_interval.toy.data import SIGMA_DATA
     from PIL import Image, PngImagePlugin
 
     folder.mkdir(parents=True)

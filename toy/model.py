@@ -5,6 +5,7 @@ record are JSON in the file's metadata.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -144,6 +145,15 @@ def _part(tensors, prefix):
     return {k: v.float() if v.is_floating_point() else v for k, v in part.items()}
 
 
+def fingerprint(lab):
+    """16 hex digits of the weights that sample and judge."""
+    digest = hashlib.sha256()
+    for module in filter(None, (lab.denoiser, lab.classifier, getattr(lab, "ruler", None))):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 # ----------------------------------------------------------------------------
 # A lab of one's own.
 
@@ -161,7 +171,7 @@ def check_lab(lab, source):
         )
 
     if missing := [name for name in ("denoiser", "classifier", "reference", "config") if not hasattr(lab, name)]:
-        refuse(f"which has no {', '.join(missing)}: return a guidance_interval.lab.model.Lab")
+        refuse(f"which has no {', '.join(missing)}: return a guidance_interval.toy.model.Lab")
     for name in ("denoiser", "classifier"):
         if not isinstance(getattr(lab, name), nn.Module) or not any(True for _ in getattr(lab, name).parameters()):
             refuse(f"whose {name} is no torch.nn.Module with parameters")
