@@ -530,7 +530,7 @@ def run_info(args):
             published = GuidanceInterval(preset.sigma_lo, preset.sigma_hi)
             told = f"; published as {published} for data of scale {preset.sigma_data:g}"
             print(f"  {preset.model}{told if name in presets.PRESETS else ''}")
-            weight = "your usual one" if preset.weight is None else f"{preset.weight:g}"
+            weight = f"{preset.weight:g}"
             best = preset.weight_everywhere
             everywhere = "" if best is None else f" ({best:g} without the interval)"
             chosen = "" if preset.metric is None else f"; chosen by {preset.metric}"

@@ -1,7 +1,4 @@
-"""How a guidance interval is written and read: "0.28-5.42", in an image's parameters, an API's fields and a cell.
-
-What every host and the tuner name alike: titles, keys and choices.
-"""
+"""How a guidance interval is written and read: as text, "0.28-5.42", and under which names hosts hold it."""
 
 import math
 import re
@@ -23,6 +20,19 @@ FIRST_PASS = "First pass only"
 # The keys in an image's parameters.
 INTERVAL_KEY = "Guidance interval"
 PASSES_KEY = "Guidance interval passes"
+
+# ComfyUI's nodes. Those that patch a model stand first.
+SIGMA_NODE = "GuidanceInterval"
+PERCENT_NODE = "GuidanceIntervalPercent"
+STEPS_NODE = "GuidanceIntervalSteps"
+PRESET_NODE = "GuidanceIntervalPreset"
+GUIDER_NODE = "GuidanceIntervalGuider"
+SCHEDULE_NODE = "GuidanceIntervalSchedule"
+COMPARE_NODE = "GuidanceIntervalCompare"
+DEMO_MODEL_NODE = "GuidanceIntervalDemoModel"
+DEMO_PROMPT_NODE = "GuidanceIntervalDemoPrompt"
+PATCH_NODES = (SIGMA_NODE, PERCENT_NODE, STEPS_NODE, PRESET_NODE)
+LIMITING_NODES = (*PATCH_NODES, GUIDER_NODE)
 
 # Of a bound: models are trained from about 0.002 up; 1e6 is t = 1 - 1e-6 of flow matching.
 SMALLEST, LARGEST = 1e-9, 1e6

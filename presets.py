@@ -35,8 +35,8 @@ class Preset:
     """A published interval.
 
     sigma_lo, sigma_hi: as published, for data of standard deviation `sigma_data`.
-    weight: the guidance weight (cfg) chosen with the interval, or None where the source names none.
-    weight_everywhere: the best weight without an interval, likewise.
+    weight: the guidance weight (cfg) chosen with the interval.
+    weight_everywhere: the best weight without an interval, or None where the source names none.
     metric: what they were chosen by, if the source says. source: where it is published, and for what sampling.
     """
 
@@ -45,7 +45,7 @@ class Preset:
     sigma_lo: float
     sigma_hi: float
     sigma_data: float
-    weight: float | None
+    weight: float
     weight_everywhere: float | None
     metric: str | None
     source: str
@@ -114,6 +114,7 @@ def all_presets():
 # ----------------------------------------------------------------------------
 # The user's own, each with the study that measured it. Names that differ in case alone are one name.
 
+DEFAULT = "sdxl"  # Where nobody has chosen.
 MARK = " (measured by you)"
 NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")
 NUMBERS = ("sigma_lo", "sigma_hi", "weight", "weight_everywhere")

@@ -24,7 +24,6 @@ from ..sampler_patch import GuidanceInterval
 
 PRESETS = all_presets()  # The published ones, and the user's own.
 PRESET_NAMES = [*PRESETS, CONDITIONAL_ONLY, CUSTOM]
-DEFAULT_PRESET = "sdxl"
 
 PASSES = [BOTH_PASSES, FIRST_PASS]
 CONTROLS = ("preset", "sigma_lo", "sigma_hi", "passes")  # In their order in the UI and in the API.

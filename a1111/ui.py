@@ -68,11 +68,11 @@ def controls(tab, name, opened=None):
     def elem_id(item):
         return f"{tab}_{name}_{item}"
 
-    interval = st.get_preset(st.DEFAULT_PRESET).interval()
+    interval = st.get_preset(st.DEFAULT).interval()
     with gr.Row():
         preset = gr.Dropdown(
             st.PRESET_NAMES,
-            value=st.DEFAULT_PRESET,
+            value=st.DEFAULT,
             label="Preset",
             info="Published intervals; 'custom' takes the two numbers.",
             elem_id=elem_id("preset"),

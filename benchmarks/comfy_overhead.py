@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "comfy"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "nodes"))
 
 import comfy_harness as harness
 

@@ -671,7 +671,7 @@ def start_comfyui(scratch, cpu):
     """ComfyUI's version, its modules importable from here on."""
     path = os.environ.get("COMFYUI_PATH")
     if path is None:
-        sys.path.insert(0, str(ROOT / "tests" / "comfy"))
+        sys.path.insert(0, str(ROOT / "tests" / "nodes"))
         import comfy_harness
 
         path = comfy_harness.find_comfyui(scratch)

@@ -6,6 +6,7 @@ drawn: the schedule, the guided band, and the rows that it saves.
 
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "comfy"))
+sys.path.insert(0, str(ROOT / "tests" / "nodes"))
 
 import comfy_harness as harness  # noqa: E402
 from comfy_server import load_workflow, to_prompt  # noqa: E402
+from guidance_interval.interval_text import LIMITING_NODES  # noqa: E402
 
 SIZE = (640, 480)
 SCALE = 2  # Drawn larger, for smooth edges.
@@ -61,16 +63,16 @@ def find(prompt, *types):
 
 
 def forecast(host, prompt, node_id, kind):
-    module, weightless = harness.our_module(host, "forecast"), harness.our_module(host, "weightless")
     if kind is not None:
-        graph = module.Graph(prompt)
-        weightless.remember(graph.path_key(graph.model_path(node_id)[-1:]), harness.tiny_model(kind))
-    return harness.our_module(host, "live").describe(prompt, node_id)
+        hidden = types.SimpleNamespace(unique_id=node_id, prompt=prompt)
+        events = harness.our_module(host, "live.events")
+        events.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model(kind))
+    return harness.our_module(host, "live.route").describe(prompt, node_id)
 
 
 def chart_of(host, name, title, kind):
     prompt = prompt_of(host, name)
-    data = forecast(host, prompt, find(prompt, *harness.our_module(host, "forecast").LIMITING), kind)
+    data = forecast(host, prompt, find(prompt, *LIMITING_NODES), kind)
     assert not data["notes"], data["notes"]
     return draw_chart(title, data, right=SIZE[0] - (248 if name == "02_drag_it" else 24))
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import comfy.model_management
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ..interval_text import CONDITIONAL_ONLY
-from .model_patch import in_edm_units, nowhere, patch_model, to_interval, unpatch_model
+from .model_patch import SamplingRun, count_rows, in_edm_units, nowhere, patch_model, to_interval, unpatch_model
 from .pictures import label_grid, to_image
 
 FRAMES = 4  # Of a video, how many are shown.
@@ -73,7 +72,8 @@ def compare(model, positive, negative, vae, latent, intervals, sample, cfg):
     comfy.model_management.load_models_gpu([plain])  # Not to be timed with the first.
     columns = []
     for label, patched in settings:
-        counted, rows = _count_rows(patched)
+        run, counted = SamplingRun(None), patched.clone()
+        counted.model_options = count_rows(counted.model_options, run)
         start = time.perf_counter()
         samples = sample(counted, cfg, positive, negative, latent)["samples"]
         seconds = time.perf_counter() - start
@@ -81,7 +81,7 @@ def compare(model, positive, negative, vae, latent, intervals, sample, cfg):
         if images.ndim == 5:
             frames = images.shape[1]
             images = images[:, torch.linspace(0, frames - 1, min(FRAMES, frames)).round().long()]
-        columns.append(Column(label, sum(rows), seconds, images.reshape(-1, *images.shape[-3:]), frames))
+        columns.append(Column(label, run.rows, seconds, images.reshape(-1, *images.shape[-3:]), frames))
     return columns
 
 
@@ -96,16 +96,3 @@ def report(columns):
     if shown:
         lines.append(f"of each video {FRAMES} of {full.frames} frames are shown, evenly spaced")
     return to_image(grid), torch.cat([c.images for c in columns]), "\n".join(lines)
-
-
-def _count_rows(model):
-    """A clone of `model`, and the list of batch sizes that its network is given from then on."""
-    rows = []
-
-    def count(executor, x, *args, **kwargs):
-        rows.append(x.shape[0])
-        return executor(x, *args, **kwargs)
-
-    counted = model.clone()
-    counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "guidance_interval_rows", count)
-    return counted, rows

@@ -21,7 +21,7 @@ def test_every_preset_has_a_source_and_a_valid_interval():
         assert preset.name == name
         assert "arXiv 2404.07724" in preset.source
         assert preset.interval().sigma_lo < preset.interval().sigma_hi
-        assert preset.weight is None or preset.weight > (preset.weight_everywhere or 1) >= 1
+        assert preset.weight > (preset.weight_everywhere or 1) >= 1
 
 
 def guided(interval, schedule):

@@ -29,7 +29,7 @@ from optuna.trial import TrialState
 
 from ..errors import UserError, without_password
 from ..interval_text import CONDITIONAL_ONLY
-from ..presets import get_preset
+from ..presets import DEFAULT, get_preset
 from . import objectives
 from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
 from .images import Folder
@@ -37,7 +37,7 @@ from .objectives import SEEDS
 from .sampler import STARTUP, Belief, IntervalSampler, to_setting
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
-BASELINE, PRESET = "CFG as it was", "sdxl"
+BASELINE = "CFG as it was"
 OPEN = 100.0  # Above it there is hardly any image left: as good as no bound.
 VERSION = 3  # Of what trials hold: a study is not gone on with by another one.
 SURPLUS = "surplus: another process has it, or had begun the last one"
@@ -181,7 +181,7 @@ def suggest(trial, ranges):
 def first_trials(backend, ranges):
     """`[(label, Setting, parameters)]` that every study begins with; the parameters are the nearest in the space."""
     lo, hi, weight = (ranges[k] for k in ("sigma_lo", "sigma_hi", "weight"))
-    preset = get_preset(PRESET).interval()
+    preset = get_preset(DEFAULT).interval()
 
     def within(value, ends):
         return min(max(value, ends[0]), ends[1])
@@ -190,7 +190,7 @@ def first_trials(backend, ranges):
         (BASELINE, everywhere(backend.weight), {"sigma_lo": lo[0], "sigma_hi": hi[1], "weight": backend.weight}),
         (CONDITIONAL_ONLY, CONDITIONAL, {"sigma_lo": lo[0], "sigma_hi": hi[0], "weight": weight[0]}),
         (
-            f"preset {PRESET}",
+            f"preset {DEFAULT}",
             Setting(preset.sigma_lo, preset.sigma_hi, backend.weight),
             {
                 "sigma_lo": within(preset.sigma_lo, lo),

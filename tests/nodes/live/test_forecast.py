@@ -10,16 +10,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def live(host):
-    return types.SimpleNamespace(
-        **{
-            name: harness.our_module(host, name)
-            for name in ("forecast", "trace", "weightless", "live", "model_patch", "prompt_graph", "pure_nodes")
-        }
-    )
-
-
 def prompt_of(kind="sd15", interval=None, **sampler):
     """A KSampler behind an interval node, behind a loader that this server has no file for."""
     interval = interval or {"class_type": "GuidanceInterval", "inputs": {"sigma_lo": 0.28, "sigma_hi": 5.42}}
@@ -35,11 +25,11 @@ def prompt_of(kind="sd15", interval=None, **sampler):
 def remembered(live, prompt, kind):
     """As after a first run of that prompt: the sampling of the model is known."""
     hidden = types.SimpleNamespace(unique_id="2", prompt=prompt)
-    live.live.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model(kind))
+    live.events.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model(kind))
 
 
 def chart(live, prompt, node="2"):
-    drawn = live.live.describe(prompt, node)
+    drawn = live.route.describe(prompt, node)
     assert "error" not in drawn, drawn
     return json.loads(json.dumps(drawn, allow_nan=False))
 
@@ -114,7 +104,7 @@ def test_every_way_to_give_an_interval(host, live, kind, interval, edges):
             for y, value in edge["stops"][:: max(1, len(edge["stops"]) // 7)]:
                 other = {"sigma_lo": -1, "sigma_hi": -1, "start_percent": 0.0, "end_percent": 1.0}
                 inputs = {k: other.get(k, v) for k, v in prompt["2"]["inputs"].items()} | {edge["widget"]: value}
-                moved = live.live.describe({**prompt, "2": {**prompt["2"], "inputs": inputs}}, "2")
+                moved = live.route.describe({**prompt, "2": {**prompt["2"], "inputs": inputs}}, "2")
                 if "error" not in moved:  # At the other end nothing would be left.
                     assert moved["band"][side == "hi"] == pytest.approx(y, abs=0.02)
 
@@ -202,10 +192,10 @@ def test_what_is_behind_the_interval_node(host, live):
 
 def test_wrong_values_are_said_as_the_node_says_them(live):
     prompt = prompt_of(interval={"class_type": "GuidanceInterval", "inputs": {"sigma_lo": 5, "sigma_hi": 1}})
-    assert live.live.describe(prompt, "2")["error"].startswith("sigma_lo must be below sigma_hi")
-    assert "failed" not in live.live.describe(prompt, "2")
-    assert "no guidance interval" in live.live.describe(prompt, "3")["error"]
-    assert "1000 steps" in live.live.describe(prompt_of(steps=5000), "2")["error"]
+    assert live.route.describe(prompt, "2")["error"].startswith("sigma_lo must be below sigma_hi")
+    assert "failed" not in live.route.describe(prompt, "2")
+    assert "no guidance interval" in live.route.describe(prompt, "3")["error"]
+    assert "1000 steps" in live.route.describe(prompt_of(steps=5000), "2")["error"]
 
 
 # ----------------------------------------------------------------------------
@@ -385,7 +375,7 @@ def test_each_language_says_the_same():
 
     for name in ("main.json", "settings.json"):
         assert of("en", name) == of("ja", name)
-    sources = (harness.ROOT / "nodes" / f"{name}.py" for name in ("forecast", "prompt_graph"))
+    sources = (harness.ROOT / "nodes" / "live" / f"{name}.py" for name in ("forecast", "prompt_graph"))
     codes = {c for path in sources for c in re.findall(r'notes\.append\(\["(\w+)"', path.read_text(encoding="utf-8"))}
     assert codes == {path[-1] for path in of("en", "main.json") if "notes" in path}
     page = (harness.ROOT / "web" / "live.js").read_text(encoding="utf-8")

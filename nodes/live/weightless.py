@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import copy
 import functools
-import json
 import logging
 import os
 import threading
@@ -19,10 +18,11 @@ import comfy.model_patcher
 import comfy.supported_models
 import folder_paths
 import torch
+from safetensors import safe_open
 
-from . import demo
+from ...interval_text import DEMO_MODEL_NODE
+from .. import demo
 
-LONGEST = 2**24  # Bytes of a header that is read: the largest known have a quarter of it.
 MOST_TENSORS = 20000
 SMALL = 2**16  # Bytes: detection looks into small tensors now and then, and at the shapes of the others.
 DTYPES = {
@@ -53,7 +53,7 @@ def loaded_by(class_type, inputs):
 
     inputs: its own values, by name.
     """
-    if class_type == "GuidanceIntervalDemoModel":
+    if class_type == DEMO_MODEL_NODE:
         return _demo()
     for name, folder in FILES.items():
         file = file_of(folder, inputs.get(name))
@@ -139,17 +139,18 @@ def _from_file(path, _mtime, _size):
     if not path.endswith((".safetensors", ".sft")):
         return None
     try:
-        header = _Header(path)
-        prefix = comfy.model_detection.unet_prefix_from_state_dict(header)
-        if not any(key.startswith(prefix) for key in header):
-            prefix = ""
-        config = comfy.model_detection.model_config_from_unet(header, prefix, metadata=header.metadata)
-        if config is None and not prefix:
-            config = comfy.model_detection.model_config_from_diffusers_unet(header)
-        if config is None:
-            return None
-        config.unet_config["disable_unet_model_creation"] = True
-        return _patcher(config.get_model(header, prefix, device=_CPU))
+        with safe_open(path, framework="pt") as file:
+            header = _Header(file)
+            prefix = comfy.model_detection.unet_prefix_from_state_dict(header)
+            if not any(key.startswith(prefix) for key in header):
+                prefix = ""
+            config = comfy.model_detection.model_config_from_unet(header, prefix, metadata=file.metadata())
+            if config is None and not prefix:
+                config = comfy.model_detection.model_config_from_diffusers_unet(header)
+            if config is None:
+                return None
+            config.unet_config["disable_unet_model_creation"] = True
+            return _patcher(config.get_model(header, prefix, device=_CPU))
     except Exception as error:  # Of any kind: the host's detection meets files that it was not written for.
         logging.getLogger(__name__).debug("Guidance Interval: the header of %s: %s", path, error)
         return None
@@ -163,34 +164,22 @@ def _forget():
 
 
 class _Header(dict):
-    """The state dict of a safetensors file: tensors without data, but small ones are read when they are looked up."""
+    """The state dict of an open safetensors file: tensors without data, but small ones are read when looked up."""
 
-    def __init__(self, path):
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length < LONGEST:
-                raise ValueError("not a safetensors file")
-            entries = json.loads(file.read(length))
-        if len(entries) > MOST_TENSORS:
+    def __init__(self, file):
+        keys = file.keys()
+        if len(keys) > MOST_TENSORS:
             raise ValueError(f"more than {MOST_TENSORS} tensors")
-        self.metadata = entries.pop("__metadata__", None)
-        self.path, self.start, self.entries = path, 8 + length, entries
+        self.file = file
+        parts = ((key, file.get_slice(key)) for key in keys)
         super().__init__(
-            (key, torch.empty(e["shape"], dtype=DTYPES.get(e["dtype"], torch.uint8), device="meta"))
-            for key, e in entries.items()
+            (key, torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta"))
+            for key, part in parts
         )
 
     def __getitem__(self, key):
-        entry = self.entries.get(key)
-        if entry is None or entry["dtype"] not in DTYPES:
-            return super().__getitem__(key)
-        begin, end = entry["data_offsets"]
-        if not 0 < end - begin <= SMALL:
-            return super().__getitem__(key)
-        with open(self.path, "rb") as file:
-            file.seek(self.start + begin)
-            data = bytearray(file.read(end - begin))
-        return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        tensor = super().__getitem__(key)
+        return self.file.get_tensor(key) if 0 < tensor.nbytes <= SMALL else tensor
 
     def get(self, key, default=None):
         return self[key] if key in self else default  # noqa: SIM401 (dict.get would not read)

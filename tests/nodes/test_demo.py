@@ -266,7 +266,7 @@ for name in ("k_diffusion", "matplotlib", "mlxtend", "sklearn", "torchmetrics", 
     sys.modules[name] = None  # As on a machine without it.
 sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, {str(comfyui_path)!r})
-sys.path.insert(1, {str(harness.ROOT / "tests" / "comfy")!r})
+sys.path.insert(1, {str(harness.ROOT / "tests" / "nodes")!r})
 import comfy_harness
 host = comfy_harness.start_comfyui({str(comfyui_path)!r})
 comfy_harness.run_node(host, "GuidanceIntervalDemoModel")

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.a1111, pytest.mark.forge]
 
-spec = importlib.util.spec_from_file_location("browser", Path(__file__).parents[1] / "browser.py")
+spec = importlib.util.spec_from_file_location("browser", Path(__file__).parents[2] / "browser.py")
 browser = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(browser)
 

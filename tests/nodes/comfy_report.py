@@ -12,7 +12,7 @@ RANK = {EXACT: 0, ROUNDING: 1, SEMANTIC: 2}  # From best to worst.
 HEAD = """\
 # What was tested in ComfyUI, cell by cell
 
-Written by the tests: `python -m pytest tests/comfy --write-compatibility`, with `COMFYUI_PATH` naming the ComfyUI to
+Written by the tests: `python -m pytest tests/nodes --write-compatibility`, with `COMFYUI_PATH` naming the ComfyUI to
 test (without it, the one that `make test` installs) and `ANIMATEDIFF_PATH` a clone of AnimateDiff-Evolved. Each cell
 samples with tiny random-weight models in the real ComfyUI and compares every single evaluation, from the same x, with
 references that do not know our node:

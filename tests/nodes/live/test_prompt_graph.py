@@ -7,12 +7,6 @@ import comfy_harness as harness
 import pytest
 
 
-@pytest.fixture(scope="module")
-def live(host):
-    names = ("forecast", "live", "prompt_graph", "weightless", "model_patch")
-    return types.SimpleNamespace(**{name: harness.our_module(host, name) for name in names})
-
-
 def node(class_type, **inputs):
     return {"class_type": class_type, "inputs": inputs}
 
@@ -30,7 +24,7 @@ def prompt_with(sampler=(), **others):
 
 def drawn(live, prompt, node_id="2"):
     """The answer, without what is said of the model, which these servers have no file of."""
-    answer = live.live.describe(json.loads(json.dumps(prompt)), node_id)
+    answer = live.route.describe(json.loads(json.dumps(prompt)), node_id)
     assert "error" not in answer, answer
     answer = json.loads(json.dumps(answer, allow_nan=False))
     answer["notes"] = [note for note in answer["notes"] if note[0] != "model"]
@@ -386,10 +380,10 @@ def test_what_is_remembered_is_of_the_same_values(live):
     ran["6"]["inputs"]["clip"], ran["3"]["inputs"]["seed"] = ["1", 1], 9  # What the page does not send.
     ran["8"]["inputs"]["noise_seed"] = 5
     hidden = types.SimpleNamespace(unique_id="2", prompt=ran)
-    live.live.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model("flow"))
+    live.events.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model("flow"))
 
     def known(prompt):
-        return "model" not in {code for code, _ in live.live.describe(prompt, "2")["notes"]}
+        return "model" not in {code for code, _ in live.route.describe(prompt, "2")["notes"]}
 
     assert known(prompt)
     prompt["9"]["inputs"]["value"] = 4.0
@@ -409,5 +403,5 @@ def test_what_is_remembered_is_of_the_same_values(live):
     prompt["7"] = node("ComfySwitchNode", switch=["9", 0], on_false=["8", 0], on_true=["1", 0])
     hidden.prompt = prompt
     before = live.weightless.changes
-    live.live.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model("flow"))
+    live.events.teller(types.SimpleNamespace(hidden=hidden), harness.tiny_model("flow"))
     assert live.weightless.changes == before and not known(prompt)

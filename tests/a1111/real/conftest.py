@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 torch.set_num_threads(1)  # Of tiny models.
 # Attributes of `p` that the host's own scripts take from their controls.
 HOST_SCRIPTS_SET = ("sampler_name", "scheduler", "steps", "seed", "refiner_checkpoint", "refiner_switch_at")

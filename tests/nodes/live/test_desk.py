@@ -9,16 +9,6 @@ import comfy_harness as harness
 import pytest
 
 
-@pytest.fixture(scope="module")
-def desk(host):
-    return harness.our_module(host, "desk")
-
-
-@pytest.fixture(scope="module")
-def live(host):
-    return harness.our_module(host, "live")
-
-
 class Slow:
     """An answer that takes until it is let go: the first one, so that what comes meanwhile waits."""
 
@@ -34,12 +24,12 @@ class Slow:
         return what.upper()
 
 
-def ask_all(desk, *asked, wanted=lambda what: True):
+def ask_all(live, *asked, wanted=lambda what: True):
     """(answers or errors, Slow) of (asker, what) asked in this order, while "first" is under way."""
     slow = Slow()
 
     async def run():
-        table = desk.Desk(slow)
+        table = live.desk.Desk(slow)
         tasks = []
         for asker, what in (("somebody", "first"), *asked):
             question = table.ask(asker, what, (what,), lambda what=what: wanted(what))
@@ -53,51 +43,51 @@ def ask_all(desk, *asked, wanted=lambda what: True):
     return answers, slow
 
 
-def test_one_at_a_time_in_a_thread_of_its_own(desk):
-    answers, slow = ask_all(desk, ("a", "1"), ("b", "2"), ("c", "3"))
+def test_one_at_a_time_in_a_thread_of_its_own(live):
+    answers, slow = ask_all(live, ("a", "1"), ("b", "2"), ("c", "3"))
     assert answers == ["1", "2", "3"] and slow.answered == ["first", "1", "2", "3"]
     (thread,) = slow.threads
     assert thread is not threading.main_thread() and thread.name.startswith("guidance-interval")
 
 
-def test_the_newest_question_takes_the_place_of_the_older_one(desk):
-    answers, slow = ask_all(desk, ("a", "1"), ("b", "2"), ("a", "3"), ("a", "4"))
+def test_the_newest_question_takes_the_place_of_the_older_one(live):
+    answers, slow = ask_all(live, ("a", "1"), ("b", "2"), ("a", "3"), ("a", "4"))
     assert slow.answered == ["first", "4", "2"]
-    assert [type(answer) for answer in answers] == [desk.Replaced, str, desk.Replaced, str]
-    answers, slow = ask_all(desk, ("a", "1"), ("a", "first"))  # Also by one that is under way.
-    assert slow.answered == ["first"] and isinstance(answers[0], desk.Replaced) and answers[1] == "FIRST"
+    assert [type(answer) for answer in answers] == [live.desk.Replaced, str, live.desk.Replaced, str]
+    answers, slow = ask_all(live, ("a", "1"), ("a", "first"))  # Also by one that is under way.
+    assert slow.answered == ["first"] and isinstance(answers[0], live.desk.Replaced) and answers[1] == "FIRST"
 
 
-def test_equal_questions_share_an_answer(desk):
-    answers, slow = ask_all(desk, ("a", "1"), ("b", "1"), ("a", "1"), ("c", "first"), ("a", "2"))
+def test_equal_questions_share_an_answer(live):
+    answers, slow = ask_all(live, ("a", "1"), ("b", "1"), ("a", "1"), ("c", "first"), ("a", "2"))
     assert slow.answered == ["first", "2", "1"]  # b still wants it.
     assert answers == ["1", "1", "1", "FIRST", "2"]
-    answers, slow = ask_all(desk, ("a", "1"), ("b", "1"), ("a", "2"), ("b", "3"))
+    answers, slow = ask_all(live, ("a", "1"), ("b", "1"), ("a", "2"), ("b", "3"))
     assert slow.answered == ["first", "2", "3"]
-    assert [type(answer) for answer in answers] == [desk.Replaced, desk.Replaced, str, str]
+    assert [type(answer) for answer in answers] == [live.desk.Replaced, live.desk.Replaced, str, str]
 
 
-def test_what_nobody_waits_for_is_not_answered(desk):
-    answers, slow = ask_all(desk, ("a", "1"), ("b", "2"), wanted=lambda what: what != "1")
-    assert slow.answered == ["first", "2"] and isinstance(answers[0], desk.Replaced)
+def test_what_nobody_waits_for_is_not_answered(live):
+    answers, slow = ask_all(live, ("a", "1"), ("b", "2"), wanted=lambda what: what != "1")
+    assert slow.answered == ["first", "2"] and isinstance(answers[0], live.desk.Replaced)
 
 
-def test_one_that_goes_leaves_the_others_their_answer(desk):
+def test_one_that_goes_leaves_the_others_their_answer(live):
     gone = iter((False, True))
-    answers, slow = ask_all(desk, ("a", "1"), ("b", "1"), wanted=lambda what: what != "1" or next(gone))
+    answers, slow = ask_all(live, ("a", "1"), ("b", "1"), wanted=lambda what: what != "1" or next(gone))
     assert slow.answered == ["first", "1"] and answers == ["1", "1"]
 
 
-def test_an_error_is_handed_on_and_the_next_is_answered(desk):
-    answers, _ = ask_all(desk, ("a", "bad"), ("b", "2"))
+def test_an_error_is_handed_on_and_the_next_is_answered(live):
+    answers, _ = ask_all(live, ("a", "bad"), ("b", "2"))
     assert isinstance(answers[0], ValueError) and answers[1] == "2"
 
 
-def test_too_many_are_refused(desk, monkeypatch):
-    monkeypatch.setattr(desk, "MOST_WAITING", 3)
-    answers, slow = ask_all(desk, ("a", "1"), ("b", "2"), ("c", "3"), ("a", "4"), ("d", "2"))
+def test_too_many_are_refused(live, monkeypatch):
+    monkeypatch.setattr(live.desk, "MOST_WAITING", 3)
+    answers, slow = ask_all(live, ("a", "1"), ("b", "2"), ("c", "3"), ("a", "4"), ("d", "2"))
     assert slow.answered == ["first", "4", "2"]
-    assert [type(answer) for answer in answers] == [desk.Replaced, str, desk.Full, str, str]
+    assert [type(answer) for answer in answers] == [live.desk.Replaced, str, live.desk.Full, str, str]
 
 
 # ----------------------------------------------------------------------------
@@ -119,9 +109,9 @@ def with_client(live, monkeypatch, conversation):
     from aiohttp.test_utils import TestClient, TestServer
 
     server = types.SimpleNamespace(routes=web.RouteTableDef())
-    monkeypatch.setattr(live, "_server", lambda: server)
-    live.register_route()
-    live.register_route()  # Once.
+    monkeypatch.setattr(live.route, "running_server", lambda: server)
+    live.route.register()
+    live.route.register()  # Once.
     app = web.Application(client_max_size=2**30)  # As ComfyUI allows.
     app.add_routes(server.routes)
 
@@ -159,14 +149,14 @@ BAD = [
 @pytest.mark.parametrize(("body", "charset", "why"), BAD, ids=[f"{why}-{i}" for i, (_, _, why) in enumerate(BAD)])
 def test_what_is_no_question_is_refused_in_a_sentence(live, body, charset, why):
     with pytest.raises(ValueError) as error:
-        live.parse(body, charset)
+        live.route.parse(body, charset)
     assert why in str(error.value) and len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 def test_a_question_may_name_its_charset(live):
     body = json.dumps({"prompt": {"ü": 1}, "node": 2, "client": "me"}, ensure_ascii=False).encode()
     for charset in (None, "utf-8", "UTF8"):
-        assert live.parse(body, charset) == ("me", "2", {"ü": 1})
+        assert live.route.parse(body, charset) == ("me", "2", {"ü": 1})
 
 
 def test_the_route(live, monkeypatch):
@@ -176,17 +166,18 @@ def test_the_route(live, monkeypatch):
                 raise AssertionError("the loop's own executor serves files")
 
         asyncio.get_running_loop().set_default_executor(Nobodys())
-        good = await client.post(live.PATH, json={"prompt": PROMPT, "node": "2"})
+        good = await client.post(live.route.PATH, json={"prompt": PROMPT, "node": "2"})
         assert good.status == 200 and (await good.json())["steps"] == 6
-        odd = await client.post(live.PATH, json={"prompt": {"2": 7}, "node": "2"})
+        odd = await client.post(live.route.PATH, json={"prompt": {"2": 7}, "node": "2"})
         assert "no guidance interval" in (await odd.json())["error"]
         headers = {"Content-Type": "application/json; charset=foo"}
         for data in (b"{}", b"[" * 50_000):
-            bad = await client.post(live.PATH, data=data, headers=headers)
+            bad = await client.post(live.route.PATH, data=data, headers=headers)
             assert bad.status == 400 and "node id" in (await bad.json())["error"]
-        large = await client.post(live.PATH, data=b" " * (live.LARGEST + 1))
-        assert large.status == 413 and str(live.LARGEST) in (await large.json())["error"]
-        edge = await client.post(live.PATH, data=json.dumps({"prompt": PROMPT, "node": 2}).encode().ljust(live.LARGEST))
+        large = await client.post(live.route.PATH, data=b" " * (live.route.LARGEST + 1))
+        assert large.status == 413 and str(live.route.LARGEST) in (await large.json())["error"]
+        text = json.dumps({"prompt": PROMPT, "node": 2}).encode()
+        edge = await client.post(live.route.PATH, data=text.ljust(live.route.LARGEST))
         assert edge.status == 200
 
     with_client(live, monkeypatch, conversation)
@@ -199,14 +190,14 @@ def test_a_page_that_asks_on_is_answered_once(live, monkeypatch):
     def answer(prompt, node_id):
         return slow(str(prompt["3"]["inputs"]["steps"])), None
 
-    parsed, parse = [], live.parse
-    monkeypatch.setattr(live, "_answer", answer)
-    monkeypatch.setattr(live, "parse", lambda *args: parsed.append(args) or parse(*args))
+    parsed, parse = [], live.route.parse
+    monkeypatch.setattr(live.route, "_answer", answer)
+    monkeypatch.setattr(live.route, "parse", lambda *args: parsed.append(args) or parse(*args))
 
     async def conversation(client):
         def ask(steps, client_id="a page"):
             prompt = {**PROMPT, "3": {"class_type": "KSampler", "inputs": {"steps": steps}}}
-            return client.post(live.PATH, json={"prompt": prompt, "node": "2", "client": client_id})
+            return client.post(live.route.PATH, json={"prompt": prompt, "node": "2", "client": client_id})
 
         async def until(condition):
             while not condition():
@@ -229,8 +220,8 @@ def test_an_answer_is_kept_as_long_as_it_is_true(host, live, monkeypatch, tmp_pa
     import folder_paths
 
     made = []
-    describe = live.describe
-    monkeypatch.setattr(live, "describe", lambda *args: made.append(args) or describe(*args))
+    describe = live.route.describe
+    monkeypatch.setattr(live.route, "describe", lambda *args: made.append(args) or describe(*args))
     monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(tmp_path / "mine.toml"))
     folders = ([str(tmp_path)], {".safetensors"})
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", folders)
@@ -238,7 +229,7 @@ def test_an_answer_is_kept_as_long_as_it_is_true(host, live, monkeypatch, tmp_pa
     async def conversation(client):
         async def asked_anew(prompt=PROMPT, node="2", client_id=""):
             before = len(made)
-            answer = await client.post(live.PATH, json={"prompt": prompt, "node": node, "client": client_id})
+            answer = await client.post(live.route.PATH, json={"prompt": prompt, "node": node, "client": client_id})
             assert answer.status == 200
             return len(made) > before
 
@@ -264,11 +255,11 @@ def test_an_answer_is_kept_as_long_as_it_is_true(host, live, monkeypatch, tmp_pa
         (tmp_path / "mine.toml").write_text("")
         assert await asked_anew() and not await asked_anew()
         # What failed, or had no time, is tried again.
-        monkeypatch.setattr(live.forecast.trace, "SECONDS", 0.0)
-        monkeypatch.setattr(live.forecast.trace, "_known", {})
+        monkeypatch.setattr(live.trace, "SECONDS", 0.0)
+        monkeypatch.setattr(live.trace, "_known", {})
         hurried = {**PROMPT, "5": {"class_type": "X", "inputs": {}}}
         assert await asked_anew(hurried) and await asked_anew(hurried)
-        monkeypatch.setattr(live.forecast, "chart", lambda run: 1 / 0)
+        monkeypatch.setattr(live.chart, "chart", lambda run: 1 / 0)
         other = {**PROMPT, "6": {"class_type": "X", "inputs": {}}}
         assert await asked_anew(other) and await asked_anew(other)
 
@@ -276,16 +267,16 @@ def test_an_answer_is_kept_as_long_as_it_is_true(host, live, monkeypatch, tmp_pa
 
 
 def test_few_answers_are_kept(live):
-    answers = live.Answers()
-    stamp = live._stamp([])
-    for i in range(live.KEEP + 1):
+    answers = live.route.Answers()
+    stamp = live.route._stamp([])
+    for i in range(live.route.KEEP + 1):
         answers.put(i, str(i), stamp)
         answers.get(0)
-    assert answers.get(0) == "0" and answers.get(1) is None and answers.get(live.KEEP) == str(live.KEEP)
+    assert answers.get(0) == "0" and answers.get(1) is None and answers.get(live.route.KEEP) == str(live.route.KEEP)
     answers.put("x", "x", None)
     assert answers.get("x") is None
 
 
 def test_without_a_server_nothing_happens(live, monkeypatch):
-    monkeypatch.setattr(live, "_server", lambda: None)
-    live.register_route()
+    monkeypatch.setattr(live.route, "running_server", lambda: None)
+    live.route.register()

@@ -187,7 +187,7 @@ def test_presets(host, ours):
         model, cfg, source = node(host, "GuidanceIntervalPreset", model=plain, preset=name, cfg=4.5)
         preset = host.ours.get_preset(name)
         assert ours.patch.model_interval(model) == preset.interval()
-        assert cfg == (4.5 if preset.weight is None else preset.weight)
+        assert cfg == preset.weight
         assert source == preset.source
 
 

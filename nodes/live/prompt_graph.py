@@ -16,13 +16,10 @@ import time
 import nodes as host_nodes  # ComfyUI's own, which this folder does not hide: imports here are relative.
 import torch
 
-from ..presets import get_preset
+from ...interval_text import COMPARE_NODE, LIMITING_NODES, PRESET_NODE
+from ...presets import get_preset
 from . import pure_nodes, weightless
 
-OURS = ("GuidanceInterval", "GuidanceIntervalPercent", "GuidanceIntervalSteps", "GuidanceIntervalPreset")
-GUIDER = "GuidanceIntervalGuider"
-LIMITING = (*OURS, GUIDER)
-COMPARE = "GuidanceIntervalCompare"
 SAMPLERS = {
     "KSampler": "nodes",
     "KSamplerAdvanced": "nodes",
@@ -161,7 +158,7 @@ class Graph:
                     continue
                 seen.add(key)
                 kind = self.type_of(key)
-                if kind in (*LIMITING, COMPARE):
+                if kind in (*LIMITING_NODES, COMPARE_NODE):
                     replaced = kind
                     continue
                 if self._is_sampler(key):
@@ -511,9 +508,9 @@ class Graph:
                 raise Unknown(kind)
             values = {n.partition(".")[2]: self.resolve(v) for n, v in inputs.items() if n.startswith("values.")}
             return pure_nodes.calculate(self.resolve(inputs.get("expression")), values)
-        if kind == "GuidanceIntervalPreset":  # Its outputs but for the model.
+        if kind == PRESET_NODE:  # Its outputs but for the model.
             preset = get_preset(self.resolve(inputs.get("preset")))
-            return None, self.resolve(inputs.get("cfg", 7.0)) if preset.weight is None else preset.weight, preset.source
+            return None, preset.weight, preset.source
         cls = pure_nodes.pure_class(kind)
         if cls is None:
             raise Unknown(kind)

@@ -4,23 +4,24 @@ Nodes of the host that make a schedule or a sampler are executed, on a model wit
 What is unknown is assumed and said.
 """
 
-import bisect
 import math
 from dataclasses import dataclass, field
 
 import comfy.samplers
 import torch
 
-from ..noise_level import steps_to_interval
-from ..presets import get_preset
-from . import model_patch, pure_nodes, trace
-from .prompt_graph import ANY, ASSUMED, GUIDER, LIMITING, PLAIN, SAMPLERS, Graph, Unknown, is_link
+from ...interval_text import GUIDER_NODE, LIMITING_NODES, PERCENT_NODE, PRESET_NODE, STEPS_NODE
+from ...noise_level import steps_to_interval
+from ...presets import DEFAULT, get_preset
+from .. import model_patch
+from . import pure_nodes, trace
+from .prompt_graph import ANY, ASSUMED, PLAIN, SAMPLERS, Graph, Unknown, is_link
 
 ROWS_GUIDED = {"DualCFGGuider": 3, "PerpNegGuider": 3}  # Network rows per image of a guided evaluation; others: 2.
 # Guiders for which a weight of 1, of all of these inputs, leaves nothing to guide.
 GUIDERS = {
     "CFGGuider": ("cfg",),
-    GUIDER: ("cfg",),
+    GUIDER_NODE: ("cfg",),
     "DualModelGuider": ("cfg",),
     "LTXVDualCFGGuider": ("video_cfg", "audio_cfg"),
 }
@@ -55,7 +56,7 @@ class Run:
 def forecast(prompt, node_id):
     """The Run that the interval node `node_id` of `prompt` will limit. ValueError: its own values are wrong."""
     graph = Graph(prompt, node_id)
-    if node_id not in graph.nodes or graph.type_of(node_id) not in LIMITING:
+    if node_id not in graph.nodes or graph.type_of(node_id) not in LIMITING_NODES:
         raise ValueError(f"node {node_id!r} of this prompt is no guidance interval")
     notes = []
     sampler_id = graph.find_sampler(notes)
@@ -90,7 +91,7 @@ def forecast(prompt, node_id):
 
 def guides_a_stage(prompt):
     """Whether any sampler of `prompt` has steps in the interval of a node before it. What is unknown is assumed."""
-    ours = [key for key, node in Graph(prompt).nodes.items() if node["class_type"] in LIMITING]
+    ours = [key for key, node in Graph(prompt).nodes.items() if node["class_type"] in LIMITING_NODES]
     for graph in (Graph(prompt, node_id) for node_id in ours):
         for sampler_id in graph.samplers([]):
             parts, _, interval = _limited(graph, sampler_id, [])
@@ -108,7 +109,7 @@ def _limited(graph, sampler_id, notes):
     node_id = graph.toward
     parts = _sampling(graph, sampler_id, notes)
     counted = parts.levels
-    if graph.type_of(node_id) == "GuidanceIntervalSteps" and graph.inputs_of(node_id).get("sigmas") is not None:
+    if graph.type_of(node_id) == STEPS_NODE and graph.inputs_of(node_id).get("sigmas") is not None:
         given = _levels(graph, graph.inputs_of(node_id)["sigmas"], notes)
         counted = parts.levels if given is None else given
     return parts, counted, _interval(graph, node_id, parts.model, counted, notes)
@@ -173,7 +174,7 @@ def _rows_guided(graph, sampler_id, sampler_name, notes):
     """(rows per image of a guided evaluation, why nothing is guided or None)."""
     guider_id = graph.guider_of(sampler_id)
     if sampler_id is None:
-        if graph.type_of(graph.toward) != GUIDER:
+        if graph.type_of(graph.toward) != GUIDER_NODE:
             return 2, None
         guider_id = graph.toward
     inputs = graph.inputs_of(guider_id or sampler_id)
@@ -290,162 +291,18 @@ def _interval(graph, node_id, model, counted, notes):
     def value(name, default, kind="FLOAT"):
         return graph.value(inputs, name, default, notes, kind)
 
-    if kind == "GuidanceIntervalPercent":
+    if kind == PERCENT_NODE:
         start, end = value("start_percent", 0.186), value("end_percent", 0.928)
         if start >= end:
             raise ValueError(f"start_percent must be below end_percent, got {start} and {end}")
         return model_patch.in_percent(start, end)(sampling)
-    if kind == "GuidanceIntervalSteps":
+    if kind == STEPS_NODE:
         first, last = value("first_step", 0, "INT"), value("last_step", -1, "INT")
         return model_patch.NOWHERE if len(counted) < 2 else steps_to_interval(counted, first, last)
-    if kind == "GuidanceIntervalPreset":
-        preset = get_preset(value("preset", "sdxl", _is_text))
+    if kind == PRESET_NODE:
+        preset = get_preset(value("preset", DEFAULT, _is_text))
         return model_patch.in_edm_units(preset.interval())(sampling)
-    interval = model_patch.to_interval(value("sigma_lo", 0.28), value("sigma_hi", 5.42))
+    default = get_preset(DEFAULT).interval()
+    interval = model_patch.to_interval(value("sigma_lo", default.sigma_lo), value("sigma_hi", default.sigma_hi))
     own = value("units", "edm", _is_text) == "model"
     return (model_patch.in_model_units if own else model_patch.in_edm_units)(interval)(sampling)
-
-
-# ----------------------------------------------------------------------------
-# A picture of it, in coordinates from 0 to 1: the front end draws, and knows nothing of noise.
-
-GRID = 200
-
-
-def chart(run):
-    """What the front end draws of a Run, as JSON holds it."""
-    sampling = run.model.get_model_object("model_sampling")
-    own = run.levels.tolist()
-    steps = max(len(own) - 1, 0)
-    interval = model_patch.NOWHERE if run.nothing else run.interval
-    guided = interval.mask(run.levels).tolist()
-    levels = [model_patch.from_model_sigma(s, sampling) for s in own]
-    axis = _Axis(levels[:-1])
-    points = [[i / max(steps, 1), axis(s), g, True] for i, (s, g) in enumerate(zip(levels[:-1], guided, strict=False))]
-    result = {
-        "steps": steps,
-        "guided": sum(guided[:-1]),
-        "nothing": run.nothing,
-        "sampler_id": run.sampler_id,
-        "hurried": run.hurried,
-        "sampler": run.sampler,
-        "scheduler": run.scheduler,
-        "notes": run.notes,
-        "band": [
-            axis(model_patch.from_model_sigma(s, sampling)) for s in (run.interval.sigma_lo, run.interval.sigma_hi)
-        ],
-        "bounds": [
-            _finite(model_patch.from_model_sigma(s, sampling)) for s in (run.interval.sigma_lo, run.interval.sigma_hi)
-        ],
-        "ticks": axis.ticks(),
-        "end": axis(levels[-1]) if steps > 0 else 0,
-    }
-    if run.evaluated is not None and steps > 0:
-        mask = interval.mask(torch.tensor(run.evaluated)).tolist()
-        rows_everywhere = run.rows_guided * len(mask)
-        rows = sum(run.rows_guided if g else 1 for g in mask)
-        result |= {
-            "evaluations": len(mask),
-            "evaluations_guided": sum(mask),
-            "rows": rows,
-            "rows_everywhere": rows_everywhere,
-            "saved": round(100 * (1 - rows / rows_everywhere)),
-        }
-        places = set(own[:-1])
-        falling = sorted(own)
-        for s, g in zip(run.evaluated, mask, strict=True):
-            if s not in places:
-                places.add(s)
-                points.append([_between(s, falling, steps), axis(model_patch.from_model_sigma(s, sampling)), g, False])
-    result["points"] = points
-    result["edges"] = _edges(run, axis, sampling)
-    return result
-
-
-def _finite(value):
-    return value if math.isfinite(value) else None
-
-
-def _between(s, rising, steps):
-    """Where along a falling schedule a noise level lies, 0 to 1."""
-    i = min(max(bisect.bisect_left(rising, s), 1), len(rising) - 1)
-    low, high = rising[i - 1], rising[i]
-    share = (high - s) / (high - low) if high > low else 0.0
-    return min(max((len(rising) - 1 - i + share) / steps, 0.0), 1.0)
-
-
-class _Axis:
-    """Noise levels (data of unit scale) on a logarithmic axis: 0 below all of the schedule, 1 above."""
-
-    def __init__(self, levels):
-        finite = sorted(s for s in levels if 0 < s < math.inf) or [0.1, 10.0]
-        self.low, self.high = math.log(finite[0] / 1.5), math.log(finite[-1] * 1.5)
-
-    def __call__(self, sigma):
-        if sigma <= 0:
-            return 0.0
-        return min(max((math.log(min(sigma, 1e30)) - self.low) / (self.high - self.low), 0.0), 1.0)
-
-    def sigma(self, y):
-        return math.exp(self.low + y * (self.high - self.low))
-
-    def ticks(self):
-        """[[y, sigma]]: powers of ten, with 2 and 5 where they are few."""
-        for factors in ((1,), (1, 3), (1, 2, 5)):
-            values = [f * 10.0**e for e in range(-6, 7) for f in factors]
-            ticks = [[self(v), v] for v in values if 0.02 < self(v) < 0.98]
-            if len(ticks) >= 3:
-                break
-        return ticks
-
-
-def _edges(run, axis, sampling):
-    """{"lo", "hi": {"widget", "y", "value", "stops": [[y, value]]}}, from the bottom up; None: not to be dragged."""
-    kind, inputs = run.node["class_type"], run.node["inputs"]
-    low, high = (model_patch.from_model_sigma(s, sampling) for s in (run.interval.sigma_lo, run.interval.sigma_hi))
-
-    def edge(widget, y, stops):
-        if is_link(inputs.get(widget)):
-            return None
-        return {"widget": widget, "y": y, "value": inputs.get(widget), "stops": stops}
-
-    if kind in ("GuidanceInterval", GUIDER):
-        flow = inputs.get("units") == "model"
-
-        def typed(y):
-            sigma = axis.sigma(y)
-            value = model_patch.to_model_sigma(sigma, sampling) if flow else sigma
-            return max(round(value, 3), 0.001) if value < 1 else float(f"{value:.3g}")
-
-        inside = [[i / GRID, typed(i / GRID)] for i in range(1, GRID)]
-        return {
-            "lo": edge("sigma_lo", axis(low), [[0.0, 0.0], *inside]),
-            "hi": edge("sigma_hi", axis(high), [*inside, [1.0, model_patch.OPEN]]),
-        }
-    if kind == "GuidanceIntervalPercent":
-        stops = []
-        for i in range(GRID, -1, -1):  # From the end of the process, which is the bottom.
-            y = axis(model_patch.from_model_sigma(float(sampling.percent_to_sigma(i / GRID)), sampling))
-            if stops and y <= stops[-1][0]:
-                if y < 1:
-                    stops[-1] = [y, i / GRID]
-                continue
-            stops.append([y, i / GRID])
-        lows = [[y, p] if y > 0 else [0.0, 1.0] for y, p in stops]
-        highs = [[y, p] if y < 1 else [1.0, 0.0] for y, p in stops]
-        return {"lo": edge("end_percent", axis(low), lows), "hi": edge("start_percent", axis(high), highs)}
-    if kind == "GuidanceIntervalSteps":
-        levels = [axis(model_patch.from_model_sigma(s, sampling)) for s in run.counted.tolist()]
-        steps = len(levels) - 1
-
-        def index(i, widget):
-            value = inputs.get(widget)
-            return i - steps if isinstance(value, int) and value < 0 else i
-
-        return {
-            "lo": edge(
-                "last_step", axis(low), [[levels[i + 1], index(i, "last_step")] for i in reversed(range(steps))]
-            ),
-            "hi": edge("first_step", axis(high), [[levels[i], index(i, "first_step")] for i in reversed(range(steps))]),
-        }
-    return {"lo": None, "hi": None}

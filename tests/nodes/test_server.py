@@ -125,7 +125,7 @@ def ace_step():
 @pytest.fixture(scope="module")
 def server(host, comfyui_path, tmp_path_factory):
     base = new_base(tmp_path_factory.mktemp("server"))
-    shutil.copy(harness.ROOT / "tests" / "comfy" / "small_ace_step.py", base / "custom_nodes")
+    shutil.copy(harness.ROOT / "tests" / "nodes" / "small_ace_step.py", base / "custom_nodes")
     save_models(host, base / "models")
     picture = Image.radial_gradient("L").resize((64, 64)).convert("RGBA")
     picture.paste((0, 0, 0, 0), (16, 16, 48, 48))  # What the mask editor leaves: transparent where to paint.

@@ -9,7 +9,7 @@ import comfy_harness as harness
 import pytest
 from comfy_server import load_workflow, new_base, running
 
-spec = importlib.util.spec_from_file_location("browser", Path(__file__).parents[1] / "browser.py")
+spec = importlib.util.spec_from_file_location("browser", Path(__file__).parents[2] / "browser.py")
 browser = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(browser)
 
