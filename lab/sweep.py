@@ -408,9 +408,9 @@ def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devic
     check_seed(seed)
     workers.check(devices, cluster)
     devices = devices or ([] if cluster else ["cpu"])
-    out = output_folder(out)
     job = Job(samples, sampler, steps, seed, source)
     lab = load_lab(source, "cpu" if cluster else devices[0])
+    out = output_folder(out)
     with Store(out / "sweep.sqlite", job.identity(lab)) as store:
         results = complete({job: store}, {job: cells}, devices, cluster)[job]
         write(out, results)

@@ -184,11 +184,16 @@ def test_steps(host):
 def test_presets(host, ours):
     plain = harness.tiny_model("sdxl")
     for name in node_options(host, "GuidanceIntervalPreset", "preset"):
-        model, cfg, source = node(host, "GuidanceIntervalPreset", model=plain, preset=name, cfg=4.5)
+        model, cfg, source = node(host, "GuidanceIntervalPreset", model=plain, preset=name)
         preset = host.ours.get_preset(name)
         assert ours.patch.model_interval(model) == preset.interval()
         assert cfg == preset.weight
         assert source == preset.source
+
+
+def test_a_graph_of_the_first_version_may_still_link_cfg_to_a_preset(host):
+    given = {"model": harness.tiny_model("sdxl"), "preset": "edm2-xxl-fid", "cfg": 4.5}
+    assert host.nodes["GuidanceIntervalPreset"].execute(**given).args[1] == 2.0
 
 
 OWN = """
@@ -390,13 +395,9 @@ def test_three_decimals_survive_the_front_end(host):
 
 
 def test_inputs_that_are_hidden_by_default_need_not_be_sent(host):
-    for name, fields in (
-        ("GuidanceInterval", ("units", "outside")),
-        ("GuidanceIntervalGuider", ("units", "outside")),
-        ("GuidanceIntervalPreset", ("cfg",)),
-    ):
+    for name in ("GuidanceInterval", "GuidanceIntervalGuider"):
         types = host.nodes[name].INPUT_TYPES()
-        for field in fields:
+        for field in ("units", "outside"):
             assert types["optional"][field][1]["advanced"] and "default" in types["optional"][field][1]
         assert not any(options[1].get("advanced") for options in types["required"].values() if len(options) > 1)
 
