@@ -23,6 +23,7 @@ lint: $(VENV)/for-tests
 
 bench: $(VENV)/for-tests
 	$(RUN) benchmarks/overhead.py
+	$(RUN) benchmarks/a1111_overhead.py
 	$(RUN) benchmarks/comfy_overhead.py
 
 # On a GPU if there is one; ARGS="--device cpu --steps 3000" and the like are handed on.

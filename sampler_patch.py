@@ -9,6 +9,7 @@ unconditional one is never evaluated.
 import functools
 import math
 import numbers
+import operator
 import reprlib
 import warnings
 from dataclasses import dataclass
@@ -157,13 +158,15 @@ class CFGDenoiser(nn.Module):
     def reset(self):
         """Set the counters to zero and go back to the first of `sigmas`."""
         self.rows = self.evaluations = self.position = 0
+        self._admitted = []
 
     def forward(self, x, sigma, cond, uncond, cond_scale):
         """Return the denoiser output, shaped like x.
 
         x: [B, ...]; sigma: [B]; cond, uncond: dicts of tensors [B, ...], or of dicts, lists or tuples of them,
         alike but for what the tensors hold (any other value must be equal in both); cond_scale: the guidance
-        weight, a number or one for each row. Raises TypeError or ValueError before anything is evaluated.
+        weight, a number or one for each row. Raises TypeError or ValueError before anything is evaluated; cond and
+        uncond are looked into at the first evaluation, and again when one of their values is another object.
         """
         guided, weight = self._decide(x, sigma, cond, uncond, cond_scale)
         if guided is False:
@@ -177,21 +180,11 @@ class CFGDenoiser(nn.Module):
 
     @_uncompiled
     def _decide(self, x, sigma, cond, uncond, cond_scale):
-        """Check and count an evaluation. Returns which rows are guided, True for all, False for none or their
+        """Judge and count an evaluation. Returns which rows are guided, True for all, False for none or their
         index [guided], and their weight: a number, or a tensor [guided, 1, ...].
         """
-        batch = len(x)
-        if not isinstance(sigma, torch.Tensor) or sigma.shape != (batch,):
-            error = ValueError if isinstance(sigma, torch.Tensor) else TypeError
-            raise error(f"sigma must be a tensor of shape [{batch}], one per row of x, got {_describe(sigma)}")
-        if not isinstance(cond, dict) or not isinstance(uncond, dict):
-            name, value = ("uncond", uncond) if isinstance(cond, dict) else ("cond", cond)
-            raise TypeError(
-                f"{name} must be a dict of keyword arguments of the model, such as {{'context': tensor}}, "
-                f"got {_describe(value)}"
-            )
-        _check(cond, uncond, batch)
-        weights, weight = _weights(cond_scale, x)
+        self._admit(x, sigma, cond, uncond)
+        batch, (weights, weight) = len(x), _weights(cond_scale, x)
         guided = self.interval.guided_rows(sigma) if self.plan is None else [self._guided_step(sigma)] * batch
         guided = [g and not math.isclose(w, 1.0) for g, w in zip(guided, weights, strict=True)]  # As ComfyUI judges.
         num_guided = sum(guided)
@@ -203,6 +196,16 @@ class CFGDenoiser(nn.Module):
             return True, weight
         index = torch.tensor([i for i, g in enumerate(guided) if g]).to(x.device, non_blocking=True)
         return index, weight[index] if isinstance(weight, torch.Tensor) else weight
+
+    def _admit(self, x, sigma, cond, uncond):
+        """Raise TypeError or ValueError for what a sampler cannot be right to hand on."""
+        if not isinstance(sigma, torch.Tensor) or sigma.shape != x.shape[:1]:
+            raise _sigma_error(sigma, len(x))
+        given = [len(x), cond, uncond, *_values(cond), *_values(uncond)]
+        if len(given) == len(self._admitted) and all(map(operator.is_, given, self._admitted)):
+            return
+        _check_conds(cond, uncond, len(x))
+        self._admitted = given
 
     def _guided_step(self, sigma):
         """Whether the step under way is guided; raises RuntimeError unless Heun's method evaluates at sigma next."""
@@ -259,7 +262,27 @@ def _guide(cond, uncond, weight):
 
 
 # ----------------------------------------------------------------------------
-# Checks of what a sampler hands on from its user.
+# What a sampler hands on from its user.
+
+
+def _values(cond):
+    return cond.values() if isinstance(cond, dict) else ()
+
+
+def _sigma_error(sigma, batch):
+    error = ValueError if isinstance(sigma, torch.Tensor) else TypeError
+    return error(f"sigma must be a tensor of shape [{batch}], one per row of x, got {_describe(sigma)}")
+
+
+def _check_conds(cond, uncond, batch):
+    """Raise TypeError or ValueError unless both are dicts that `_join` can join."""
+    for name, value in (("cond", cond), ("uncond", uncond)):
+        if not isinstance(value, dict):
+            raise TypeError(
+                f"{name} must be a dict of keyword arguments of the model, such as {{'context': tensor}}, "
+                f"got {_describe(value)}"
+            )
+    _check(cond, uncond, batch)
 
 
 def _check(cond, uncond, batch, where=""):

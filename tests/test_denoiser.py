@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from guidance_interval import CFGDenoiser, GuidanceInterval
+from guidance_interval import CFGDenoiser, GuidanceInterval, sampler_patch
 from guidance_interval.toy.sampling import get_sampler, karras_sigmas, schedule_args
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -729,6 +729,29 @@ def test_conds_are_looked_at_anew_at_each_evaluation():
     with pytest.raises(ValueError, match="pad or repeat"):
         denoiser(X, SIGMA * 9, cond=cond, uncond=uncond, cond_scale=3.0)
     assert denoiser.rows == 2
+
+
+def test_conds_are_looked_into_once_a_run_and_when_their_objects_change(lab, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampler_patch, "_check_conds", lambda cond, uncond, batch: seen.append(batch))
+    recorder = Recorder(lab.denoiser, lambda inner: CFGDenoiser(inner, INTERVAL))
+    run(recorder, lab, "heun", karras_sigmas(6))
+    assert seen == [2]
+    recorder.denoiser.reset()
+    run(recorder, lab, "euler", karras_sigmas(3), batch=3)
+    assert seen == [2, 3]
+
+
+def test_an_object_put_into_cond_during_a_run_is_looked_at():
+    cond, uncond = {"context": torch.zeros(2, 3)}, {"context": torch.zeros(2, 3)}
+    denoiser = CFGDenoiser(lambda x, sigma, context: x)
+    x, sigma = torch.zeros(2, 1), torch.ones(2)
+    denoiser(x, sigma, cond, uncond, 3.0)
+    uncond["context"] = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        denoiser(x, sigma, cond, uncond, 3.0)
+    with pytest.raises(ValueError, match="sigma must be a tensor of shape"):
+        denoiser(x, torch.ones(3), cond, cond, 3.0)
 
 
 def test_bad_arguments_of_the_constructor():
