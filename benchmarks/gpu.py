@@ -1,8 +1,7 @@
 """What the interval saves on a GPU, at the sizes of real models with random weights: seconds, syncs, kernels, graphs.
 
     python benchmarks/gpu.py [--minutes 8] [--json out/performance.json]    measure; nothing is downloaded
-    python benchmarks/gpu.py --write                                        docs/performance.md from the JSON, and
-                                                                            from performance-*.json beside it
+    python benchmarks/gpu_report.py                                         docs/performance.md from the JSON
 
 ComfyUI is the one that COMFYUI_PATH names, or else the one that `make test` installs. The settings of a configuration
 run in turn, in an order that rotates, and ours is compared with the floor of its own round: what the run would take if
@@ -739,18 +738,8 @@ def main():
     parser.add_argument("--only", default="", help="configurations whose name has this, as `CFGDenoiser` or `compiled`")
     parser.add_argument("--pack", action="append", default=[], type=Pack, metavar="FOLDER:NODE[:JSON]")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, for a CPU: to see that it works")
-    parser.add_argument("--write", action="store_true", help="measure nothing: write docs/performance.md from --json")
     args = parser.parse_args()
     own_package()
-    if args.write:
-        sys.path.insert(0, str(Path(__file__).parent))
-        import gpu_report
-
-        others = sorted(args.json.parent.glob(f"{args.json.stem}-*.json"))
-        gpu_report.write(
-            json.loads(args.json.read_text()), others=[(other.name, json.loads(other.read_text())) for other in others]
-        )
-        return
     if not torch.cuda.is_available() and not args.tiny:
         parser.error("no CUDA GPU here; --tiny runs small networks on the CPU")
     device = torch.device("cpu" if args.tiny else "cuda")

@@ -1,5 +1,10 @@
-"""docs/performance.md and its figure, from what `gpu.py` measured."""
+"""docs/performance.md and its figure, from what `gpu.py` measured: `python benchmarks/gpu_report.py [JSON]`.
 
+Runs of a few configurations, performance-*.json beside it, are told at the end.
+"""
+
+import argparse
+import json
 import statistics
 from pathlib import Path
 
@@ -101,7 +106,7 @@ def page(content, drawn, others=()):
     counts_head = ["", "syncs, ours", "syncs, CFG", "kernels, ours", "kernels, CFG", "graphs", "peak GiB"]
     text = (
         "# Performance\n\n"
-        f"Written by `python benchmarks/gpu.py --write` from `{JSON_FILE.name}`, which `python benchmarks/gpu.py` "
+        f"Written by `python benchmarks/gpu_report.py` from `{JSON_FILE.name}`, which `python benchmarks/gpu.py` "
         f"measured in one run on {of_machine(content['machine'])}. Networks have "
         f"their real sizes and random weights; the interval is {interval}, and (0.1, 3.5] for the emoji model.\n\n"
         "## Seconds against the floor\n\n"
@@ -223,3 +228,15 @@ def draw(rows, path):
         fig.savefig(tmp, format="png", dpi=130, facecolor="white")
     plt.close(fig)
     return True
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("json", type=Path, nargs="?", default=JSON_FILE, help="what gpu.py wrote")
+    path = parser.parse_args().json
+    others = sorted(path.parent.glob(f"{path.stem}-*.json"))
+    write(json.loads(path.read_text()), others=[(other.name, json.loads(other.read_text())) for other in others])
+
+
+if __name__ == "__main__":
+    main()
