@@ -12,7 +12,7 @@ from .errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows: there, two processes are not kept apart.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

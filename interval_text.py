@@ -45,7 +45,7 @@ _INTERVAL = re.compile(rf"{_NUMBER}(?:\s*(?:-|;|to|\.\.+)\s*|\s*,\s+){_NUMBER}")
 AROUND = "()[]\"'\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK} \t"
 
 
-def format_interval(interval):
+def format_interval(interval: GuidanceInterval) -> str:
     """`sigma_lo-sigma_hi`, exact and without exponents, whose minus would read as the dash."""
     return "-".join(_format_number(s) for s in (interval.sigma_lo, interval.sigma_hi))
 
@@ -57,7 +57,7 @@ def _format_number(value):
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def parse_interval(text):
+def parse_interval(text: str) -> GuidanceInterval | None:
     """The GuidanceInterval of `0.28-5.42`, or None for "conditional only"; raises ValueError for anything else.
 
     Read too: decimal commas, exponents, other dashes and "to" in between, two numbers apart by a comma and a space,
@@ -71,7 +71,7 @@ def parse_interval(text):
     return within_reach(GuidanceInterval(*(float(number.replace(",", ".")) for number in found.groups())))
 
 
-def is_interval(text):
+def is_interval(text: str) -> bool:
     """Whether `text` is written as an interval is, whatever its bounds are."""
     return _read(text) is not None
 
@@ -86,7 +86,7 @@ def _plain(text):
     return re.sub(r"(\.\d+),(?=\d*\.)", r"\1, ", plain)  # Both have a point: this comma stands between them.
 
 
-def within_reach(interval):
+def within_reach(interval: GuidanceInterval) -> GuidanceInterval:
     """Return `interval`, unless it has a bound that no model's noise reaches; raises ValueError."""
     for name, value in (("sigma_lo", interval.sigma_lo), ("sigma_hi", interval.sigma_hi)):
         if not (SMALLEST <= value <= LARGEST or value in (0, math.inf)):

@@ -19,14 +19,19 @@ defined at their limits. Out of range raises ValueError.
 import functools
 import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
 from .sampler_patch import GuidanceInterval
 
+Level = TypeVar("Level", float, torch.Tensor)  # A noise level or a schedule of them; what comes in goes out.
+Rest = ParamSpec("Rest")
 
-def _float64(value):
+
+def _float64(value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", torch.float64)
     try:
@@ -35,7 +40,9 @@ def _float64(value):
         raise ValueError("a noise level is larger than a float can be") from e
 
 
-def _conversion(low, high):
+def _conversion(
+    low: float, high: float
+) -> Callable[[Callable[Concatenate[torch.Tensor, Rest], torch.Tensor]], Callable[Concatenate[Level, Rest], Level]]:
     """Decorator: number or tensor in [low, high] -> float64 in, the same kind out."""
 
     def decorate(fn):
@@ -57,31 +64,31 @@ def _conversion(low, high):
 
 
 @_conversion(0, 1)
-def flow_time_to_sigma(t):
+def flow_time_to_sigma(t: torch.Tensor) -> torch.Tensor:
     """sigma = t / (1 - t): x_t = (1-t) x0 + t n, divided by 1-t, is x0 + sigma n. t = 1 gives inf."""
     return t / (1 - t)
 
 
 @_conversion(0, math.inf)
-def sigma_to_flow_time(sigma):
+def sigma_to_flow_time(sigma: torch.Tensor) -> torch.Tensor:
     """t = sigma / (1 + sigma), the inverse of `flow_time_to_sigma`."""
     return 1 / (1 + 1 / sigma)  # In this form inf gives 1 and 0 gives 0.
 
 
 @_conversion(-math.inf, math.inf)
-def log_snr_to_sigma(log_snr):
+def log_snr_to_sigma(log_snr: torch.Tensor) -> torch.Tensor:
     """sigma = exp(-log_snr / 2), where log_snr = log(1 / sigma^2) (Kingma et al. 2021, for data of unit scale)."""
     return torch.exp(-log_snr / 2)
 
 
 @_conversion(0, 1)
-def alpha_bar_to_sigma(alpha_bar):
+def alpha_bar_to_sigma(alpha_bar: torch.Tensor) -> torch.Tensor:
     """sigma = sqrt((1 - abar) / abar): x_t = sqrt(abar) x0 + sqrt(1 - abar) n (Ho et al. 2020) over sqrt(abar)."""
     return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 @_conversion(0, math.inf)
-def rescale_sigma(sigma, sigma_data, to_sigma_data=1.0):
+def rescale_sigma(sigma: torch.Tensor, sigma_data: float, to_sigma_data: float = 1.0) -> torch.Tensor:
     """The noise level, for data of standard deviation `to_sigma_data`, that is `sigma` for data of `sigma_data`.
 
     EDM2's latents have 0.5: the published 1.61 is 3.22 for a model whose data has unit scale.
@@ -104,21 +111,21 @@ class Timesteps:
     model_sigmas: 1-D, positive, increasing (1000 for Stable Diffusion).
     """
 
-    def __init__(self, model_sigmas):
+    def __init__(self, model_sigmas: torch.Tensor | np.ndarray | Sequence[float]) -> None:
         sigmas = _float64(model_sigmas).numpy()
         if sigmas.ndim != 1 or len(sigmas) < 2 or not (np.diff(sigmas) >= 0).all() or not sigmas[0] > 0:
             raise ValueError(f"model_sigmas must be 1-D, positive and increasing, got shape {list(sigmas.shape)}")
         self.timesteps = np.arange(len(sigmas), dtype=np.float64)
         self.log_sigmas = np.log(sigmas)
 
-    def sigma(self, timestep):
+    def sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
         """Noise levels, a float64 tensor like `timestep`; beyond either end they are those of the end."""
         log_sigma = np.interp(_float64(timestep).numpy(), self.timesteps, self.log_sigmas)
         return torch.from_numpy(np.asarray(np.exp(log_sigma)))
 
 
 @_conversion(0, 1)
-def percent_to_sigma(percent, model_sigmas):
+def percent_to_sigma(percent: torch.Tensor, model_sigmas: torch.Tensor | Sequence[float]) -> torch.Tensor:
     """The noise level after a share `percent` (0 = start, 1 = end) of a discrete model's timesteps.
 
     model_sigmas: as for `Timesteps`. The two ends are open, as in ComfyUI: 0 gives inf and 1 gives 0.
@@ -128,7 +135,7 @@ def percent_to_sigma(percent, model_sigmas):
     return torch.where(percent <= 0, torch.inf, torch.where(percent >= 1, 0.0, sigma))
 
 
-def steps_to_interval(sigmas, first, last):
+def steps_to_interval(sigmas: torch.Tensor | Sequence[float], first: int, last: int) -> GuidanceInterval:
     """The GuidanceInterval that guides the steps `first` to `last`, both included, of a decreasing schedule.
 
     This is the authors' form (generate_zip.py: "[17, 22]"); negative indices count from the end. The bounds
@@ -169,7 +176,7 @@ def _flow(ramp, sigma_min, sigma_max):
 SCHEDULES = {"karras": _karras, "exponential": _exponential, "flow": _flow}
 
 
-def schedule(name, steps, sigma_min, sigma_max):
+def schedule(name: str, steps: int, sigma_min: float, sigma_max: float) -> torch.Tensor:
     """A decreasing schedule, float64 [steps + 1]: `steps` noise levels from sigma_max to sigma_min, and 0."""
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; there are {', '.join(sorted(SCHEDULES))}")
@@ -185,7 +192,14 @@ def schedule(name, steps, sigma_min, sigma_max):
 # In words.
 
 
-def describe_cost(guided, rows=None, rows_everywhere=None, unit="step", first=0, work="network rows"):
+def describe_cost(
+    guided: Sequence[bool],
+    rows: int | None = None,
+    rows_everywhere: int | None = None,
+    unit: str = "step",
+    first: int = 0,
+    work: str = "network evaluations",
+) -> str:
     """One sentence: which steps of a run are guided, and the share of full CFG's network rows that this saves.
 
     guided: whether each step is. rows, rows_everywhere: network rows per image of the run, and with CFG everywhere

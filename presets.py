@@ -9,17 +9,19 @@ import math
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 try:
     import tomllib
 except ImportError:  # Python 3.10.
     try:
-        import tomli as tomllib
+        import tomli as tomllib  # type: ignore[no-redef]
     except ImportError:
-        tomllib = None  # The user's own are not listed then.
+        tomllib = None  # type: ignore[assignment]  # The user's own are not listed then.
 
 from .errors import UserError, quoted
 from .files import atomic_path, output_folder
@@ -50,7 +52,7 @@ class Preset:
     metric: str | None
     source: str
 
-    def interval(self, sigma_data=1.0):
+    def interval(self, sigma_data: float = 1.0) -> GuidanceInterval:
         """The GuidanceInterval for a model whose data has standard deviation `sigma_data` (1 for SD and SDXL)."""
         bounds = (rescale_sigma(s, self.sigma_data, sigma_data) for s in (self.sigma_lo, self.sigma_hi))
         return GuidanceInterval(*bounds)
@@ -93,7 +95,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def get_preset(name):
+def get_preset(name: str) -> Preset:
     """The preset of that name, published or the user's own; raises ValueError, with those there are, for another."""
     mine, left_out = _my_presets()
     known = PRESETS | {f"{key}{MARK}": preset for key, preset in mine.items()}
@@ -106,7 +108,7 @@ def get_preset(name):
     raise ValueError("; ".join(told))
 
 
-def all_presets():
+def all_presets() -> dict[str, Preset]:
     """`{name as lists show it: Preset}`: the published ones, then the user's own, which are marked."""
     return PRESETS | my_presets()
 
@@ -122,10 +124,10 @@ TEXTS = ("model", "objective", "study", "date", "said")
 MAX_NAME, MAX_TEXT, MAX_FILE = 60, 1000, 2**18
 WAIT = 10  # Seconds, for another process that saves.
 log = logging.getLogger(__name__)
-_told = set()
+_told: set[str] = set()
 
 
-def my_file():
+def my_file() -> Path:
     """Where they are: GUIDANCE_INTERVAL_PRESETS, or a file of the user's configuration."""
     if chosen := os.environ.get("GUIDANCE_INTERVAL_PRESETS"):
         return Path(chosen)
@@ -134,7 +136,7 @@ def my_file():
     return Path(folder) / "guidance-interval" / "presets.toml"
 
 
-def my_presets():
+def my_presets() -> dict[str, Preset]:
     """`{marked name: Preset}`; what does not do is told in the log, once, and left out: a host goes on without it."""
     mine, left_out = _my_presets()
     for why in left_out.values():
@@ -144,7 +146,7 @@ def my_presets():
     return {f"{name}{MARK}": preset for name, preset in mine.items()}
 
 
-def check_name(name):
+def check_name(name: str) -> str:
     """Return `name` if a preset of the user's may have it; raises UserError."""
     try:
         _check_name(name)
@@ -155,13 +157,13 @@ def check_name(name):
     return name
 
 
-def check_writable():
+def check_writable() -> None:
     """Raise UserError unless `save_mine` could write now: to be asked before work that takes long."""
     with _own_file():
         pass
 
 
-def save_mine(name, entry):
+def save_mine(name: str, entry: Mapping[str, Any]) -> Path:
     """Add the preset `name` to the user's file, in place of one of that name in any case, and return the file.
 
     entry: model, sigma_lo, sigma_hi, weight and weight_everywhere, and whatever else tells where they come from, of

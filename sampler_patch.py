@@ -12,7 +12,9 @@ import numbers
 import operator
 import reprlib
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ class GuidanceInterval:
     sigma_lo: float = 0.0
     sigma_hi: float = math.inf
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("sigma_lo", "sigma_hi"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -51,19 +53,19 @@ class GuidanceInterval:
                 "swap them if they are reversed, or sample without guidance if nothing is to be guided"
             )
 
-    def __contains__(self, sigma):
+    def __contains__(self, sigma: float | torch.Tensor) -> bool:
         """Whether one noise level, a number or a tensor of one element, is guided."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64 if isinstance(sigma, (int, float)) else None)
         if sigma.numel() != 1:
             raise TypeError(f"`in` takes one sigma, got a tensor of shape {list(sigma.shape)}; use .mask(sigma)")
         return self.guided_rows(sigma.reshape(1))[0]
 
-    def mask(self, sigma):
+    def mask(self, sigma: torch.Tensor) -> torch.Tensor:
         """Which of the noise levels are guided: a bool tensor of the shape and on the device of `sigma`."""
         lo, hi = self._bounds(sigma.dtype)
         return (sigma > lo) & (sigma <= hi)
 
-    def guided_rows(self, sigma):
+    def guided_rows(self, sigma: torch.Tensor) -> list[bool]:
         """Which rows are guided, as a list: the `mask` of `sigma` [B], for a decision on the host.
 
         One copy to the host (a sync, where sigma is on an accelerator) and no kernel.
@@ -71,11 +73,11 @@ class GuidanceInterval:
         lo, hi = self._bounds(sigma.dtype)
         return [lo < level <= hi for level in sigma.tolist()]
 
-    def _bounds(self, dtype):
+    def _bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """(sigma_lo, sigma_hi) as a tensor of that dtype holds them: 5.42 contains float32(5.42), which is larger."""
         return _rounded(self.sigma_lo, dtype), _rounded(self.sigma_hi, dtype)
 
-    def warn_if_unused(self, sigmas):
+    def warn_if_unused(self, sigmas: torch.Tensor) -> bool:
         """Warn when no noise level of a schedule (1-D tensor) lies in the interval; return whether one does."""
         used = bool(self.mask(sigmas).any())
         if not used:
@@ -87,12 +89,12 @@ class GuidanceInterval:
             )
         return used
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"({self.sigma_lo:.4g}, {self.sigma_hi:.4g}]"
 
 
 @functools.lru_cache
-def _rounded(value, dtype):
+def _rounded(value: float, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=dtype if dtype.is_floating_point else torch.float64).item()
 
 
@@ -139,7 +141,14 @@ class CFGDenoiser(nn.Module):
         evaluations: calls since `reset()`.
     """
 
-    def __init__(self, inner_model, interval=None, *, sigmas=None, per_step=False):
+    def __init__(
+        self,
+        inner_model: Callable[..., torch.Tensor],
+        interval: GuidanceInterval | None = None,
+        *,
+        sigmas: torch.Tensor | np.ndarray | Sequence[float] | None = None,
+        per_step: bool = False,
+    ) -> None:
         super().__init__()
         if interval is None:
             interval = GuidanceInterval()
@@ -155,12 +164,19 @@ class CFGDenoiser(nn.Module):
         self.plan = _heun_plan(interval, sigmas) if per_step else None
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Set the counters to zero and go back to the first of `sigmas`."""
         self.rows = self.evaluations = self.position = 0
-        self._admitted = []
+        self._admitted: list[Any] = []
 
-    def forward(self, x, sigma, cond, uncond, cond_scale):
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        cond: Mapping[str, Any],
+        uncond: Mapping[str, Any],
+        cond_scale: float | torch.Tensor | Sequence[float],
+    ) -> torch.Tensor:
         """Return the denoiser output, shaped like x.
 
         x: [B, ...]; sigma: [B]; cond, uncond: dicts of tensors [B, ...], or of dicts, lists or tuples of them,

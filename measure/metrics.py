@@ -1,7 +1,8 @@
 """Quality, adherence and variety of samples: pure functions of features, of whichever network."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -19,7 +20,14 @@ VERSION = 2  # Counts up with every change of a metric's value or interval: what
 CHUNK = 2**22  # Entries of a buffer: 16 MiB in float32. A few are in memory at once.
 
 
-def influence_interval(value, influence, labels=None, rounds=400, seed=0, level=0.95):
+def influence_interval(
+    value: float | torch.Tensor,
+    influence: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    rounds: int = 400,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
     """Bootstrap interval `(low, high)` of the expectation of a metric at this number of samples.
 
     value: the metric; influence: its influence values [N], resampled; labels: int64 [N] when the classes were
@@ -40,13 +48,21 @@ def influence_interval(value, influence, labels=None, rounds=400, seed=0, level=
     return low, high
 
 
-def gaussian(features):
+def gaussian(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [D] and covariance [D, D] of features [N, D], N of 2 or more, in float64, in bounded memory."""
     _check(features, at_least=2)
     mean = sum(part.sum(0) for part in _in_double(features)) / len(features)
     return mean, _second_moments(part.sub_(mean) for part in _in_double(features)) / (len(features) - 1)
 
 
+@overload
+def frechet_distance(
+    features: torch.Tensor, mean: torch.Tensor, cov: torch.Tensor, influence: Literal[False] = False
+) -> torch.Tensor: ...
+@overload
+def frechet_distance(
+    features: torch.Tensor, mean: torch.Tensor, cov: torch.Tensor, influence: Literal[True]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def frechet_distance(features, mean, cov, influence=False):
     """Frechet distance between the Gaussian fitted to `features` and N(mean, cov) (Heusel et al. 2017, eq. 6).
 
@@ -88,6 +104,14 @@ def frechet_distance(features, mean, cov, influence=False):
     return value, moved - moved.mean()
 
 
+@overload
+def cmmd(
+    x: torch.Tensor, y: torch.Tensor, influence: Literal[False] = False, y_kernel: torch.Tensor | None = None
+) -> torch.Tensor: ...
+@overload
+def cmmd(
+    x: torch.Tensor, y: torch.Tensor, influence: Literal[True], y_kernel: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def cmmd(x, y, influence=False, y_kernel=None):
     """CLIP maximum mean discrepancy (Jayasumana et al. 2024, sec. 4; Gretton et al. 2012, eq. 5).
 
@@ -101,7 +125,7 @@ def cmmd(x, y, influence=False, y_kernel=None):
     return (value, 2000 * _centred(xx - xy)) if influence else value
 
 
-def kernel_mean(x):
+def kernel_mean(x: torch.Tensor) -> torch.Tensor:
     """Mean of `cmmd`'s kernel less one over all pairs of embeddings x [N, D]: float64 []."""
     _check(x)
     return _kernel_means(x).mean()
@@ -131,7 +155,7 @@ class Neighbours(NamedTuple):
     index: torch.Tensor
 
 
-def neighbours(features, k=5):
+def neighbours(features: torch.Tensor, k: int = 5) -> Neighbours:
     """`Neighbours` of features [N, D], N of 2 or more: what `mean_distance` and `prdc` share."""
     _check(features, at_least=2)
     n, x, origin = len(features), features, features.mean(0)
@@ -150,8 +174,8 @@ def neighbours(features, k=5):
         distance[rows] += squares.sqrt_().sum(1)
         if rows != columns:
             distance[columns] += squares.sum(0)
-    radii = nearest[:, k - 1 : k + 1].unbind(1) if count else (nearest[:0].flatten(),) * 2
-    return Neighbours(distance / (n - 1), *radii, index[:, :k] if count else index[:0])
+    radius, next_radius = nearest[:, k - 1 : k + 1].unbind(1) if count else (nearest[:0].flatten(),) * 2
+    return Neighbours(distance / (n - 1), radius, next_radius, index[:, :k] if count else index[:0])
 
 
 def _take_nearest(nearest, index, squares, start):
@@ -172,6 +196,25 @@ class PRDC(NamedTuple):
     coverage: torch.Tensor
 
 
+@overload
+def prdc(
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    k: int = 5,
+    influence: Literal[False] = False,
+    real_near: Neighbours | None = None,
+    fake_near: Neighbours | None = None,
+) -> PRDC: ...
+@overload
+def prdc(
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    k: int = 5,
+    *,
+    influence: Literal[True],
+    real_near: Neighbours | None = None,
+    fake_near: Neighbours | None = None,
+) -> tuple[PRDC, PRDC]: ...
 def prdc(real, fake, k=5, influence=False, real_near=None, fake_near=None):
     """Improved precision and recall (Kynkaanniemi et al. 2019, sec. 2), density and coverage (Naeem et al.
     2020, sec. 3), with balls that reach to the k-th neighbour of their own set.
@@ -229,12 +272,16 @@ def _recall_lost(squares, near):
     return (in_fake & ~grown)[alone].sum(0) - grown[~alone].sum(0)
 
 
-def expected_coverage(num_real, num_fake, k=5):
+def expected_coverage(num_real: int, num_fake: int, k: int = 5) -> float:
     """Coverage of a perfect model: real and fake samples of one distribution (Naeem et al. 2020, sec. 3.3)."""
     missed = math.prod((num_real - i) / (num_real + num_fake - i) for i in range(1, k + 1))
     return 1 - missed
 
 
+@overload
+def vendi(features: torch.Tensor, influence: Literal[False] = False) -> torch.Tensor: ...
+@overload
+def vendi(features: torch.Tensor, influence: Literal[True]) -> tuple[torch.Tensor, torch.Tensor]: ...
 def vendi(features, influence=False):
     """Vendi score (Friedman and Dieng 2023, sec. 3): the effective number of different samples, 1 to N.
 
@@ -265,6 +312,14 @@ def vendi(features, influence=False):
     return value, -value * _centred(inner)
 
 
+@overload
+def mean_distance(
+    features: torch.Tensor, influence: Literal[False] = False, near: Neighbours | None = None
+) -> torch.Tensor: ...
+@overload
+def mean_distance(
+    features: torch.Tensor, influence: Literal[True], near: Neighbours | None = None
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def mean_distance(features, influence=False, near=None):
     """Mean Euclidean distance between two different samples of features [N, D], float64 []; N of 2 or more.
 
@@ -280,7 +335,7 @@ def mean_distance(features, influence=False, near=None):
 LUMA = (0.299, 0.587, 0.114)  # Of R, G and B, ITU-R BT.601.
 
 
-def clip_score(image, text):
+def clip_score(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """CLIP score (Hessel et al. 2021, sec. 3) on the scale of 0 to 100: 100 max(cos, 0), not their 2.5 max(cos, 0).
 
     image, text: CLIP embeddings of images and of their prompts, [N, D] each. Returns float64 [N].
@@ -292,7 +347,7 @@ def clip_score(image, text):
     return 100 * (_unit(image).double() * _unit(text).double()).sum(1).clamp(min=0)
 
 
-def pixel_statistics(stripes):
+def pixel_statistics(stripes: np.ndarray | Iterable[np.ndarray]) -> torch.Tensor:
     """Saturation, contrast and clipping of one image, float32 [3]: what shows first when guidance is too strong.
 
     stripes: uint8 array [H, W, 3], RGB, or several [h, W, 3] one below the other, to save memory. Mean
@@ -320,7 +375,7 @@ def pixel_statistics(stripes):
 # What a number of samples is too small for.
 
 
-def caveat(metric, value, num, num_reference, dim, k=5):
+def caveat(metric: str, value: float, num: int, num_reference: int, dim: int, k: int = 5) -> str | None:
     """One sentence for a metric that so few samples cannot bear, with its source, else None.
 
     metric: "fd", "cmmd", one of PRDC's fields, "vendi" or any mean over samples; num, num_reference: sizes of the

@@ -82,6 +82,28 @@ def test_the_wheel_holds_the_package_the_model_and_the_command(wheel):
     assert "guidance-interval = guidance_interval.cli:main" in zipfile.ZipFile(wheel).read(entry[0]).decode()
 
 
+PUBLIC = ("sampler_patch", "noise_level", "presets", "interval_text", "measure/metrics")
+
+
+def untyped(tree):
+    """The public functions and methods without a type for each argument, but for those that overloads declare."""
+    scopes = [tree.body, *(n.body for n in tree.body if isinstance(n, ast.ClassDef))]
+    for function in (n for body in scopes for n in body if isinstance(n, ast.FunctionDef)):
+        arguments = [a for a in (*function.args.args, *function.args.kwonlyargs) if a.arg not in ("self", "cls")]
+        is_public = not function.name.startswith("_") or function.name == "__init__"
+        if is_public and not (function.returns and all(a.annotation for a in arguments)):
+            yield function.name
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_public_interface_is_typed(wheel, module):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "guidance_interval/py.typed" in names
+    source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    overloaded = set(re.findall(r"@overload\ndef (\w+)", source))
+    assert set(untyped(ast.parse(source))) <= overloaded
+
+
 def test_an_installed_wheel_works_without_hosts_and_without_the_lab(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = WITHOUT + (
