@@ -522,7 +522,7 @@ def run_info(args):
             hi = math.inf if args.sigma_hi is None else args.sigma_hi
             intervals = [("yours", GuidanceInterval(lo, hi), None)]
     print(f"{args.scheduler} schedule, {args.steps} steps, sigma {sigmas[0]:.4g} to {sigmas[-2]:.4g}")
-    print("(noise levels for data of unit scale; g = guided, . = cond alone)\n")
+    print("(noise levels for data of unit scale; g = guided, . = conditional only)\n")
     for name, interval, preset in intervals:
         guided = interval.mask(sigmas[:-1]).tolist()
         print(f"{name}: sigma in {interval}")

@@ -1,4 +1,4 @@
-"""Errors that a person can put right: told in one line. Any other exception is a bug, and keeps its traceback."""
+"""Errors that a person can fix: told in one line. Any other exception is a bug, and keeps its traceback."""
 
 import contextlib
 import re
@@ -31,7 +31,7 @@ def told(error, given=()):
 
 
 class UserError(ValueError):
-    """What was given, or the machine, does not do. The message names it, its value and what would be right."""
+    """Something given, or the machine, is not right. The message names it, its value and what would be right."""
 
 
 @contextlib.contextmanager

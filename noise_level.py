@@ -198,20 +198,19 @@ def describe_cost(
     rows_everywhere: int | None = None,
     unit: str = "step",
     first: int = 0,
-    work: str = "network evaluations",
 ) -> str:
-    """One sentence: which steps of a run are guided, and the share of full CFG's network rows that this saves.
+    """One sentence: which steps of a run are guided, and what share of CFG's network evaluations this saves.
 
-    guided: whether each step is. rows, rows_everywhere: network rows per image of the run, and with CFG everywhere
-    (None: one for cond and one for uncond). unit: "step", or "evaluation" where a step takes several. first: the
-    number of the first one. work: what the reader calls a row.
+    guided: whether each step is. rows, rows_everywhere: network evaluations per image of the run, and with CFG
+    everywhere (None: one for cond and one for uncond). unit: "step", or "evaluation" where a step takes several.
+    first: the number of the first one.
     """
     which = [i for i, g in enumerate(guided, first) if g]
     rows = len(guided) + len(which) if rows is None else rows
     rows_everywhere = 2 * len(guided) if rows_everywhere is None else rows_everywhere
     saved = 1 - rows / rows_everywhere
     change = f"{saved:.0%} saved" if saved >= 0 else f"{-saved:.0%} more"
-    cost = f"{rows} {work} per image instead of {rows_everywhere}, {change}"
+    cost = f"{rows} network evaluations per image instead of {rows_everywhere}, {change}"
     if not which:
         return f"None of the {len(guided)} {unit}s is guided: {cost}"
     span = f"{which[0]} to {which[-1]}" if len(which) > 1 else str(which[0])

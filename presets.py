@@ -137,7 +137,7 @@ def my_file() -> Path:
 
 
 def my_presets() -> dict[str, Preset]:
-    """`{marked name: Preset}`; what does not do is told in the log, once, and left out: a host goes on without it."""
+    """`{marked name: Preset}`; what is invalid is logged once and skipped: a host goes on without it."""
     mine, left_out = _my_presets()
     for why in left_out.values():
         if why not in _told:
@@ -168,7 +168,7 @@ def save_mine(name: str, entry: Mapping[str, Any]) -> Path:
 
     entry: model, sigma_lo, sigma_hi, weight and weight_everywhere, and whatever else tells where they come from, of
     what TOML holds. All else in the file stays as it is; two processes that save take turns. Raises UserError when the
-    entry does not do, or the file cannot be read or written; it is then as it was.
+    entry is invalid, or the file cannot be read or written; it is then as it was.
     """
     entry = {k: _printable(v) if isinstance(v, str) else v for k, v in entry.items()}
     try:
@@ -228,7 +228,7 @@ def _unreadable(error):
     if isinstance(error, UserError):
         return error
     why = error.strerror if isinstance(error, OSError) else _why(error)
-    return UserError(f"the presets file {str(my_file())!r} cannot be read ({why}); put it right, or remove it")
+    return UserError(f"the presets file {str(my_file())!r} cannot be read ({why}); fix it, or remove it")
 
 
 def _why(error):
@@ -250,9 +250,9 @@ def _my_presets():
             mine[name] = _preset(name, table)
         except ValueError as e:
             broken[name] = str(e)
-    where = f"in {str(my_file())!r} is left out"
+    where = f"in {str(my_file())!r} is skipped"
     return mine, {
-        name.casefold(): f"the preset {quoted(name)} {where} ({why}); put it right, or remove it"
+        name.casefold(): f"the preset {quoted(name)} {where} ({why}); fix it, or remove it"
         for name, why in broken.items()
     }
 
@@ -291,7 +291,7 @@ def _check_name(name):
 
 
 def _preset(name, entry):
-    """The Preset of an entry of the user's file; raises ValueError, which says what of it does not do."""
+    """The Preset of an entry of the user's file; raises ValueError, which says what is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError(f"it must be a table of model, {', '.join(NUMBERS)}, got {quoted(entry)}")
     if missing := [key for key in ("model", *NUMBERS) if key not in entry]:

@@ -8,7 +8,6 @@ from modules.processing import Processed, process_images
 
 from ..sampler_patch import GuidanceInterval
 from .host import ROWS_ATTRIBUTE, SETTINGS_ATTRIBUTE, say
-from .picture import WORK
 from .settings import TITLE, Settings, describe
 
 WARM_UP_STEPS = 3  # Without them the first column alone pays for loading and tuning.
@@ -50,7 +49,7 @@ def _render(p, label, settings, **changed):
     processed = process_images(cell)
     seconds = time.perf_counter() - start
     rows = getattr(cell, ROWS_ATTRIBUTE, None)
-    cost = f"{seconds:.1f} s" + ("" if rows is None else f", {rows} {WORK}")
+    cost = f"{seconds:.1f} s" + ("" if rows is None else f", {rows} network evaluations")
     return f"{label}\n{cost}", processed
 
 

@@ -8,7 +8,6 @@ from ..noise_level import describe_cost
 
 WIDTH, HEIGHT = 600, 64
 GUIDED, UNGUIDED = "#f97316", "#9ca3af"
-WORK = "model runs"  # One image and one prompt through the network once: with CFG an evaluation takes two.
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Pass:
 
     @property
     def rows(self):
-        """Network rows per image."""
+        """Network evaluations per image."""
         return self.cond * len(self.guided) + self.uncond * sum(self.guided)
 
     @property
@@ -43,7 +42,7 @@ def caption(passes, steps=None):
     guided = [g for one in passes for g in one.guided]
     rows, everywhere = (sum(getattr(p, name) for p in passes) for name in ("rows", "rows_everywhere"))
     unit = "step" if steps == len(guided) else "evaluation"
-    text = describe_cost(guided, rows, everywhere, unit, first=1, work=WORK)
+    text = describe_cost(guided, rows, everywhere, unit, first=1)
     return f"{text}." if any(guided) else f"{text}. The negative prompt and CFG have no effect."
 
 

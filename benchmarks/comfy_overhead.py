@@ -1,4 +1,4 @@
-"""What the patch costs in ComfyUI: plain CFG, our node, and the floor, in one process with a tiny model.
+"""What the patch costs in ComfyUI: CFG everywhere, our node, and the floor, in one process with a tiny model.
 
     python benchmarks/comfy_overhead.py [--steps 20] [--batch 2] [--size 16] [--repeats 15]
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests" / "nodes"))
 
 import comfy_harness as harness  # noqa: E402
 from comfy_server import load_workflow, to_prompt  # noqa: E402
-from guidance_interval.interval_text import LIMITING_NODES  # noqa: E402
+from guidance_interval.interval_text import CONDITIONAL_ONLY, LIMITING_NODES  # noqa: E402
 
 SIZE = (640, 480)
 SCALE = 2  # Drawn larger, for smooth edges.
@@ -173,7 +173,7 @@ def try_it(host):
     with torch.inference_mode():
         images = to_uint8(harness.run_node(host, "GuidanceIntervalCompare", **given, **values)[1])
     picture, draw = sheet("Try it: no download, seconds on a CPU")
-    labels = ("CFG everywhere", "in the interval", "no guidance")
+    labels = ("CFG everywhere", "in the interval", CONDITIONAL_ONLY)
     side = 98 * SCALE
     for column, label in enumerate(labels):
         left = (24 + column * 201) * SCALE

@@ -21,7 +21,7 @@ ACCURACY = 2
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of distances and its 95 % interval."""
+    """A ratio of distances and its 95 % confidence interval."""
 
     value: float
     low: float

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder, printed, sole_use
+from ..interval_text import CONDITIONAL_ONLY
 from ..sampler_patch import GuidanceInterval
 from ..toy import data, model
 from ..toy.sampling import BATCH, Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
@@ -90,7 +91,7 @@ def run(out, samples, seed, device, name="emoji", sampler=None, steps=None, weig
         sigmas = karras_sigmas(steps)
         interval.warn_if_unused(sigmas[:-1])
         settings = dict(
-            none=Setting("no guidance", 1.0),
+            none=Setting(CONDITIONAL_ONLY, 1.0),
             cfg=Setting(f"CFG everywhere, w={cfg_weight:g}", cfg_weight),
             strong=Setting(f"CFG everywhere, w={own.strong:g}", own.strong),
             limited=Setting(f"interval {interval}, w={weight:g}", weight, interval),
@@ -198,7 +199,7 @@ def findings(lab, few, many):
         f"Interval against CFG, {num:,} images of the same seeds: the distance is {_ratios(lab, limited, cfg)}. "
         f"Accuracy {points:+.1f} points, rows {change(limited.drawn.rows, cfg.drawn.rows)}."
     )
-    lines.append(f"Interval against no guidance, {few['none'].drawn.num:,} images: the distance is "
+    lines.append(f"Interval against conditional only, {few['none'].drawn.num:,} images: the distance is "
                  f"{_ratios(lab, few['limited'], few['none'])}.")  # fmt: skip
     for part in ("low", "high"):
         if part in few:
@@ -237,11 +238,11 @@ def table(runs, form=aligned):
     head = [
         "setting",
         "images",
-        "1000 FD [95 % interval]",
+        "1000 FD [95 % CI]",
         "by the classifier",
         "accuracy",
         "variety",
-        "rows",
+        "NFE",
         "seconds",
     ]
     body = []

@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm, Normalize
 
 from ..files import atomic_path
+from ..interval_text import CONDITIONAL_ONLY
 from ..toy.data import to_pixels
 
 COLUMNS = 20  # Images in a row.
@@ -82,11 +83,11 @@ def tradeoff(path, runs, real):
             "as many real images", (0.01, 1000 * real.scores.fd), xycoords=("axes fraction", "data"), xytext=(0, 4),
             textcoords="offset points", fontsize=8.5, color=INK,
         )  # fmt: skip
-    fig.colorbar(points, label="cost: network rows per sample")
+    fig.colorbar(points, label="cost: network evaluations per sample")
     _adherence_axes(ax)
     low, high = (f(r.scores.accuracy for r in runs) for f in (min, max))
     ax.set_xlim(low - 0.45 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    ax.set_title("Lower right is better (bars: 95 % bootstrap intervals; line: CFG everywhere)", fontsize=10.5)
+    ax.set_title("Lower right is better (bars: 95 % confidence intervals; line: CFG everywhere)", fontsize=10.5)
     fig.tight_layout()
     _label_points(ax, [(r.setting.name, r.scores.accuracy, 1000 * r.scores.fd) for r in runs])
     _write(fig, path)
@@ -119,7 +120,7 @@ def schedule(path, sigmas, interval):
     ax.plot(steps, levels, color="#999999", lw=1, zorder=1)
     for mask, colour, face, label in (
         (guided, GUIDED, GUIDED, "guided: cond and uncond"),
-        (~guided, INK, "white", "cond alone"),
+        (~guided, INK, "white", CONDITIONAL_ONLY),
     ):
         if mask.any():
             ax.scatter(
@@ -176,7 +177,7 @@ def frontier(path, results, best):
         rows = [results[c].rows for c in inside]
         xy = np.array([at[c] for c in inside])
         points = ax.scatter(*xy.T, c=rows, cmap="viridis_r", edgecolors=INK, lw=0.5, s=46, label="interval", zorder=3)
-        fig.colorbar(points, label="cost: network rows per sample")
+        fig.colorbar(points, label="cost: network evaluations per sample")
     _adherence_axes(ax)
     ax.set_title("Lower right is better", fontsize=10.5, color=INK)
     ax.legend(frameon=False, loc="upper left")
@@ -236,7 +237,7 @@ def cost(path, found):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
     ax.tick_params(which="minor", labelsize=7)
-    ax.set_xlabel("← cost: network rows per image")
+    ax.set_xlabel("← cost: network evaluations per image")
     ax.set_ylabel("← 1000 FD")
     ax.set_title("Each at its best: CFG everywhere (hollow) → interval (filled)", fontsize=10.5)
     ax.grid(alpha=0.25)

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import UserError
 from ..files import aligned, atomic_path, output_file, output_folder
+from ..interval_text import CONDITIONAL_ONLY
 from ..measure import metrics
 from ..noise_level import steps_to_interval
 from ..sampler_patch import GuidanceInterval
@@ -248,10 +249,11 @@ def draw_headline(scale, results, out, device):
         f"Each side's best is the one with the lowest distance by the ruler, of {len(cfg)} weights for CFG and of "
         f"{tried} settings in {len(intervals)} intervals ({scale.samples:,} samples each, in the picture). Both were "
         f"then sampled again from another seed, {scale.confirmed:,} images each, and only those are in the table: 1000 "
-        "FD and accuracy, and the change of the distance from CFG to the interval by each judge, and from no guidance "
-        "to the interval by the ruler, with 95 % intervals paired by seed. *Lower* is *yes* when both judges' "
-        f"intervals lie below zero, *no* when one lies above, else *unclear*.\n\n"
-        f"{aligned([*head, 'rows', 'lower'], body)}"
+        "FD and accuracy, and the change of the distance from CFG to the interval by each judge, and from conditional "
+        "only to the interval by the ruler, with 95 % confidence intervals paired by seed. *Lower* is *yes* when both "
+        "judges' "
+        f"confidence intervals lie below zero, *no* when one lies above, else *unclear*.\n\n"
+        f"{aligned([*head, 'NFE', 'lower'], body)}"
     )
 
 
@@ -269,7 +271,7 @@ def draw_cost(scale, results, out, device):
         "## Cost against quality\n\n"
         "![Rows per image against distance; an arrow leads from CFG to the interval](results/cost.png)\n\n"
         "CFG and the interval, each at its best, as in the headline.\n\n"
-        + aligned(["", "rows, CFG", "rows, interval", "1000 FD, CFG", "1000 FD, interval"], body)
+        + aligned(["", "NFE, CFG", "NFE, interval", "1000 FD, CFG", "1000 FD, interval"], body)
     )
 
 
@@ -292,7 +294,7 @@ def draw_parts(scale, results, out, device):
         "## Which third of the noise levels helps, and which harms\n\n"
         "![Distance by weight and by accuracy, for guidance in each third alone](results/parts.png)\n\n"
         f"1000 FD and accuracy; without guidance {none[2]:.1f}, {none[1]:.1%}. The thirds of the steps: {where}.\n\n"
-        f"{aligned(head, body)}\n\nAgainst no guidance, with 95 % intervals:\n\n" + "\n".join(lines)
+        f"{aligned(head, body)}\n\nAgainst conditional only, with 95 % confidence intervals:\n\n" + "\n".join(lines)
     )
 
 
@@ -319,7 +321,7 @@ def draw_heatmap(scale, results, out, device):
     return (
         "## The distance over both bounds\n\n"
         "![Distance and accuracy over sigma_lo and sigma_hi](results/heatmap.png)\n\n"
-        "What guiding further does to the distance, with 95 % intervals:\n\n" + "\n".join(lines)
+        "What guiding further does to the distance, with 95 % confidence intervals:\n\n" + "\n".join(lines)
     )
 
 
@@ -334,7 +336,7 @@ def draw_saturation(scale, results, out, device):
         guided = [(w, pixel_values(lab, Setting("", w, interval), scale.shown)) for w in weights]
         changed[name] = [(1.0, torch.zeros_like(none)), *((w, values - none) for w, values in guided)]
     shown = {
-        f"change of {what}, against no guidance": {
+        f"change of {what}, against conditional only": {
             name: [(w, *with_interval(values[:, i])) for w, values in curve] for name, curve in changed.items()
         }
         for i, what in enumerate(("saturation", "contrast"))
@@ -378,7 +380,7 @@ def draw_variety(scale, results, out, device):
     strong = demo.DEFAULTS["emoji"].strong
     lab = sweep.load_lab(EMOJI[0], device)
     settings = [
-        Setting("no guidance", 1.0),
+        Setting(CONDITIONAL_ONLY, 1.0),
         Setting(f"CFG everywhere, w={cfg.weight:g}", cfg.weight),
         Setting(f"CFG everywhere, w={strong:g}", strong),
         Setting(f"interval {limited.interval}, w={limited.weight:g}", limited.weight, limited.interval),
@@ -411,7 +413,7 @@ def draw_variety(scale, results, out, device):
         f"{aligned(head, body)}\n\n"
         f"In the ruler's features, {scale.samples:,} samples against {len(real):,} real emoji. Precision and recall "
         "(Kynkäänniemi et al. 2019) and coverage (Naeem et al. 2020) with 5 neighbours; Vendi score (Friedman and "
-        "Dieng 2023): the effective number of different images. In brackets 95 % intervals."
+        "Dieng 2023): the effective number of different images. In brackets 95 % confidence intervals."
     )
 
 
@@ -447,7 +449,7 @@ def draw_digits(scale, results, out, device):
                     f"in one third alone: {alone}.")  # fmt: skip
     plots.panels(out / "digits.png", shown, 3)
     plots.strips(out / "clips.png", data.load_clips(1)[0][::500], sample_clips())
-    head = ["", "weights compared", "distance, on average", "highest", "rows", "dominates"]
+    head = ["", "weights compared", "distance, on average", "highest", "NFE", "dominates"]
     sources = "; ".join(
         f"*{x}*: {sweep.load_lab(name, 'cpu').record['data'].split(':')[0].rstrip('.')}" for x, name in OTHERS.items()
     )
@@ -525,8 +527,8 @@ def page(scale, sections, results, command):
         f"0.01, interval {INTERVALS['emoji']}. *1000 FD* is a thousand times the Fréchet distance to the training "
         "images, by the *ruler*, a network that never saw the classes: lower is better. *Accuracy* is how often a "
         "second network, the *classifier*, sees the class that was asked for: the adherence. It also gives a distance "
-        "of its own, the second opinion. *Rows* are network evaluations per image, the cost. All intervals are 95 %, "
-        "of one method (`measure/metrics.py`), and cover the expectation at that number of images.\n\n"
+        "of its own, the second opinion. *NFE* are network evaluations per image, the cost. All confidence intervals "
+        "are 95 %, of one method (`measure/metrics.py`), and cover the expectation at that number of images.\n\n"
         + "\n\n".join([*texts, not_reproduced(scale, results)])
         + "\n"
     )

@@ -16,7 +16,7 @@ SCORES_VERSION = 2
 class Scores:
     """What `score_samples` measures.
 
-    fd: Frechet distance to the real images, and fd_low, fd_high: its 95 % bootstrap interval.
+    fd: Frechet distance to the real images, and fd_low, fd_high: its 95 % confidence interval, by bootstrap.
     accuracy: share of samples that the classifier takes for the class that was asked for (adherence).
     variety: mean feature distance within a class, relative to that of the real images, of the classes with two samples.
     class_fd, class_fd_low, class_fd_high: the distance by a second judge, the classifier, where fd is in the features

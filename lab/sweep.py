@@ -37,7 +37,7 @@ from .scores import SCORES_VERSION, Scores, judge_samples
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One setting: guidance of `weight` in (sigma_lo, sigma_hi]; a weight of 1 is no guidance."""
+    """One setting: guidance of `weight` in (sigma_lo, sigma_hi]; a weight of 1 is conditional only."""
 
     weight: float
     sigma_lo: float
@@ -278,7 +278,7 @@ def decisions(job, cell):
 
 
 def rows_per_sample(job, cell):
-    """The network rows that a sample of this cell takes (an adaptive sampler takes a few more or less)."""
+    """The network evaluations that a sample of this cell takes (an adaptive sampler takes a few more or less)."""
     sigmas, _ = evaluations(job.sampler, job.steps)
     return len(sigmas) + (cell.interval.mask(sigmas).sum().item() if cell.weight != 1 else 0)
 
@@ -437,7 +437,7 @@ def table(results, form=aligned):
         cost = f"{results[cell].rows:.1f}"
         variety = "n/a" if math.isnan(s.variety) else f"{s.variety:.3f}"  # A class has fewer than two samples.
         body.append([where, f"{cell.weight:g}", fd, f"{s.accuracy:.1%}", variety, cost, star])
-    head = ["interval", "weight", "1000 FD [95 % interval]", "accuracy", "variety", "rows", "frontier"]
+    head = ["interval", "weight", "1000 FD [95 % CI]", "accuracy", "variety", "NFE", "frontier"]
     return form(head, body)
 
 

@@ -1,6 +1,6 @@
 """Where tasks run: in processes of this machine, or on the workers of a Dask cluster.
 
-Both are executors of `concurrent.futures`, and `run` is the one way to use them. Knows nothing of what it runs.
+Both are executors of `concurrent.futures`, and `run` is the one way to use them. What it runs is not its business.
 """
 
 import contextlib

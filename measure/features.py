@@ -3,7 +3,7 @@
 An extractor has
 - `name`, as `--features` takes it, and `dim`, the number of features;
 - `identity`, which changes with the weights and the preprocessing, and is known before the network is loaded;
-- `load()`, which loads the network, or raises UserError with the file that does not do;
+- `load()`, which loads the network, or raises UserError with the file that is not right;
 - `preprocess(image)`: one PIL image in RGB, upright, to a tensor, in any thread;
 - `classes`: names of the classes whose logits it appends to each row, if it is a classifier, else ();
 - `rows(tensors)`: a list of B of them to float32 [B, dim + len(classes)] on the CPU.

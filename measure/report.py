@@ -52,7 +52,7 @@ TABLES = [list(TITLES)[:6], list(TITLES)[6:10], list(TITLES)[10:]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric's value and its 95 % bootstrap interval over the images, the reference held fixed."""
+    """A metric's value and its 95 % confidence interval, by bootstrap over the images, the reference held fixed."""
 
     value: float
     low: float
@@ -76,7 +76,7 @@ def run(images, reference, extractors, prompts=None, out="out/measure", cache=No
         folder.label = _shown(folder.label)
     names = [e.name for e in extractors]
     if len(set(names)) < len(names):
-        raise UserError(f"features {' '.join(names)} hold one twice; name each once")
+        raise UserError(f"features {' '.join(names)} name one twice; name each once")
     for folder in folders:
         if len(folder.files) < 2:
             raise UserError(_too_few(folder, len(folder.files)))

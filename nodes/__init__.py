@@ -182,7 +182,7 @@ class GuidanceIntervalGuider(io.ComfyNode):
             "leads away from that weaker model (autoguidance).",
             inputs=[
                 inputs.model("The model to sample with."),
-                io.Conditioning.Input("positive", tooltip="What the image is to show."),
+                io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Conditioning.Input(
                     "negative",
                     tooltip="What guidance leads away from. For autoguidance connect the positive prompt here too.",
@@ -249,8 +249,7 @@ class GuidanceIntervalSchedule(io.ComfyNode):
                 io.Int.Output(display_name="guided_steps", tooltip="How many steps are guided."),
                 io.Float.Output(
                     display_name="rows",
-                    tooltip="Rows that the network evaluates, as a share of CFG at every step: 1 = no saving, 0.5 = "
-                    "no guidance.",
+                    tooltip="Network evaluations, as a share of CFG everywhere: 1 = no saving, 0.5 = conditional only.",
                 ),
             ],
         )
@@ -266,11 +265,11 @@ class GuidanceIntervalCompare(io.ComfyNode):
         return inputs.schema(
             node_id="GuidanceIntervalCompare",
             display_name="Guidance Interval Compare",
-            description="Samples one seed with CFG everywhere, in each interval of a list, and with no guidance, and "
+            description="Samples one seed with CFG everywhere, in each interval of a list, and conditional only, and "
             "lays the images side by side with what each cost.",
             inputs=[
                 inputs.model("The model to sample with; an interval that it has is left out."),
-                io.Conditioning.Input("positive", tooltip="What the image is to show."),
+                io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Conditioning.Input("negative", tooltip="What guidance leads away from."),
                 io.Vae.Input("vae", tooltip="Decodes the results."),
                 io.Latent.Input("latent", tooltip="Where sampling starts; a batch gives one row of the grid each."),
@@ -300,7 +299,7 @@ class GuidanceIntervalCompare(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="One column per setting; of a video, 4 frames."),
                 io.Image.Output(display_name="images", tooltip="The grid's images as a batch, setting by setting."),
-                io.String.Output(display_name="report", tooltip="Rows and seconds as a table."),
+                io.String.Output(display_name="report", tooltip="Network evaluations and seconds as a table."),
             ],
         )
 
@@ -368,8 +367,8 @@ class GuidanceIntervalDemoPrompt(io.ComfyNode):
                     "subgroup",
                     options=options,
                     default="cat-face",
-                    tooltip="A subgroup of Unicode's emoji. none, as the negative, makes plain CFG; another subgroup "
-                    "there works as a negative prompt.",
+                    tooltip="A subgroup of Unicode's emoji. none, as the negative, makes ordinary CFG; another "
+                    "subgroup there works as a negative prompt.",
                 ),
             ],
             outputs=[

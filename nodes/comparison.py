@@ -89,9 +89,9 @@ def report(columns):
     """(IMAGE grid, IMAGE batch, STRING report) of what `compare` found."""
     full = columns[0]
     shown = f", {FRAMES} of {full.frames} frames" if (full.frames or 0) > FRAMES else ""
-    labels = [f"{c.label}\n{c.rows} rows, {c.seconds:.2f} s{shown}" for c in columns]
+    labels = [f"{c.label}\nNFE {c.rows}, {c.seconds:.2f} s{shown}" for c in columns]
     grid = label_grid([(label, c.images) for label, c in zip(labels, columns, strict=True)])
-    lines = [f"{'setting':<18} {'rows':>6} {'of CFG':>7} {'seconds':>8}"]
+    lines = [f"{'setting':<18} {'NFE':>6} {'of CFG':>7} {'seconds':>8}"]
     lines += [f"{c.label:<18} {c.rows:>6} {c.rows / full.rows:>7.0%} {c.seconds:>8.2f}" for c in columns]
     if shown:
         lines.append(f"of each video {FRAMES} of {full.frames} frames are shown, evenly spaced")

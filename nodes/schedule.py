@@ -6,7 +6,7 @@ from .pictures import plot_schedule, to_image
 
 
 def describe_schedule(model, sigmas):
-    """(plot [1, H, W, 3], table, guided steps, rows against full CFG) of a patched model's run over `sigmas`.
+    """(plot [1, H, W, 3], table, guided steps, rows against CFG everywhere) of a patched model's run over `sigmas`.
 
     Counts one evaluation per step, as Euler's and most multistep samplers make. Raises ValueError for a model
     without an interval and for fewer than two noise levels.

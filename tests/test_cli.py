@@ -78,7 +78,7 @@ DEVICE = {
 }
 NUMBER = {v: f"invalid float value: {v!r}" for v in ("", "x", "1,5", "2 3")}
 WEIGHT = NUMBER | {
-    v: f"weight must be a number above 1 (1 is no guidance) and at most 1000, got {float(v)!r}"
+    v: f"weight must be a number above 1 (1 is conditional only) and at most 1000, got {float(v)!r}"
     for v in ("nan", "inf", "1e999", "1", "0", "-2", "1001")
 }
 SIGMA_LO = NUMBER | {
@@ -711,20 +711,34 @@ def test_the_page_names_every_command_and_the_limits_that_hold():
 @pytest.mark.parametrize(
     ("guided", "more", "says"),
     [
-        ("..gg.", {}, "2 of 5 steps are guided (2 to 3): 7 network rows per image instead of 10, 30% saved"),
-        (".g...", dict(first=1), "1 of 5 steps is guided (2): 6 network rows per image instead of 10, 40% saved"),
-        ("g.gg", {}, "3 of 4 steps are guided (0 to 3, with gaps): 7 network rows per image instead of 8, 12% saved"),
-        ("...", {}, "None of the 3 steps is guided: 3 network rows per image instead of 6, 50% saved"),
-        ("gg", dict(rows=4), "2 of 2 steps are guided (0 to 1): 4 network rows per image instead of 4, 0% saved"),
+        ("..gg.", {}, "2 of 5 steps are guided (2 to 3): 7 {each} instead of 10, 30% saved"),
+        (
+            ".g...",
+            dict(first=1),
+            "1 of 5 steps is guided (2): 6 {each} instead of 10, 40% saved",
+        ),
+        (
+            "g.gg",
+            {},
+            "3 of 4 steps are guided (0 to 3, with gaps): 7 {each} instead of 8, 12% saved",
+        ),
+        ("...", {}, "None of the 3 steps is guided: 3 {each} instead of 6, 50% saved"),
+        (
+            "gg",
+            dict(rows=4),
+            "2 of 2 steps are guided (0 to 1): 4 {each} instead of 4, 0% saved",
+        ),
         (
             "gg",
             dict(rows=168, rows_everywhere=160, unit="evaluation"),
-            "2 of 2 evaluations are guided (0 to 1): 168 network rows per image instead of 160, 5% more",
+            "2 of 2 evaluations are guided (0 to 1): 168 {each} instead of 160, 5% more",
         ),
     ],
 )
 def test_the_sentence_on_cost(guided, more, says):
-    assert noise_level.describe_cost([g == "g" for g in guided], **more) == says
+    assert noise_level.describe_cost([g == "g" for g in guided], **more) == says.format(
+        each="network evaluations per image"
+    )
 
 
 def test_the_demo_s_report_is_json_for_any_reader_and_any_bound(capsys, tmp_path):

@@ -125,7 +125,7 @@ BAD = {  # {text of an entry: (its name, why it is left out)}
 
 
 @pytest.mark.parametrize("text", BAD, ids=lambda text: f"{BAD[text][0][:9]!a} {BAD[text][1][:30]!a}")
-def test_an_entry_that_does_not_do_hides_no_other_and_is_told_once(file, caplog, text):
+def test_an_invalid_entry_hides_no_other_and_is_told_once(file, caplog, text):
     name, why = BAD[text]
     file.write_text(GOOD + text if text.startswith("[") else text + GOOD)  # What is no table comes before any.
     assert list(presets.all_presets()) == [*PRESETS, SHOWN] == list(presets.all_presets())
@@ -133,7 +133,7 @@ def test_an_entry_that_does_not_do_hides_no_other_and_is_told_once(file, caplog,
     (record,) = caplog.records
     told = record.getMessage()
     assert record.levelno == logging.WARNING and why in told and len(told) < 500 + len(str(file))
-    assert f"in {str(file)!r} is left out (" in told and told.endswith("; put it right, or remove it")
+    assert f"in {str(file)!r} is skipped (" in told and told.endswith("; put it right, or remove it")
     assert told.isprintable()
     if name.casefold() not in ("sdxl", "good"):
         with pytest.raises(ValueError, match="unknown preset") as e:

@@ -28,7 +28,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a run gave: x [N, C, H, W] on the model's scale, labels [N], network rows per sample, seconds."""
+    """What a run gave: x [N, C, H, W] on the model's scale, labels [N], network evaluations per sample, seconds."""
 
     x: torch.Tensor
     labels: torch.Tensor
@@ -48,7 +48,9 @@ class Samples:
 def check_weight(weight, name="weight"):
     """Raise UserError, with the name of the input, unless `weight` guides."""
     if not 1 < weight <= MAX_WEIGHT:
-        raise UserError(f"{name} must be a number above 1 (1 is no guidance) and at most {MAX_WEIGHT}, got {weight!r}")
+        raise UserError(
+            f"{name} must be a number above 1 (1 is conditional only) and at most {MAX_WEIGHT}, got {weight!r}"
+        )
 
 
 def check_seed(seed):

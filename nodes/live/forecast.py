@@ -32,7 +32,7 @@ class Run:
     """What a sampler will do.
 
     levels: 1-D, the model's own noise levels; the last is where the run ends. evaluated: the level of each evaluation,
-    or None where that depends on the image. rows_guided: network rows per image of a guided evaluation. nothing: why
+    or None where that depends on the image. rows_guided: rows per image of a guided evaluation. nothing: why
     nothing is guided, whatever the interval ("cfg", "guider" or "steps"), or None. counted: the levels whose steps the
     interval counts. node: the interval node's class and inputs. sampler_id: the node that samples, or None. hurried:
     another time there may be time for more. notes: [[code, value]], what is assumed or missing.

@@ -667,8 +667,8 @@ def test_each_column_of_the_comparison_can_be_made_again(host, prompt):
     (_, columns), cells = processed.images[0].text, processed.images[1:]
     assert [c[0] for c in columns] == ["CFG everywhere", "Interval (0.28, 5.42]", "Conditional only"]
     prompts = prompt.count("AND") + 1
-    assert columns[2][1].endswith(f" s, {8 * 2 * prompts} model runs")
-    assert columns[0][1].endswith(f" s, {8 * 2 * (prompts + 1)} model runs")
+    assert columns[2][1].endswith(f" s, {8 * 2 * prompts} network evaluations")
+    assert columns[0][1].endswith(f" s, {8 * 2 * (prompts + 1)} network evaluations")
     paste = sys.modules["guidance_interval.a1111.settings"].paste
     for i, text in enumerate(processed.infotexts[1:]):
         found = paste(text)
@@ -727,7 +727,7 @@ def page(host):
 
 def test_the_picture_follows_the_controls(page):
     html = page.html
-    assert "9 of 20 steps are guided" in html.value and "29 model runs per image instead of 40" in html.value
+    assert "9 of 20 steps are guided" in html.value and "29 network evaluations per image instead of 40" in html.value
     page.hi.by_hand(0)
     assert page.preset.value == "custom" and "14 of 20 steps" in html.value
     page.preset.by_hand("conditional only")
@@ -736,7 +736,7 @@ def test_the_picture_follows_the_controls(page):
     assert (page.lo.value, page.hi.value) == (0.28, 5.42)
     page.host["txt2img_prompt"].value = "a cat AND a dog"
     page.host["txt2img_prompt"].fire()
-    assert "49 model runs per image instead of 60" in html.value
+    assert "49 network evaluations per image instead of 60" in html.value
     page.lo.by_hand(9)
     assert "swap them" in html.value and "<svg" not in html.value
 

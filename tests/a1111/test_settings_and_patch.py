@@ -640,7 +640,7 @@ def test_the_picture_tells_steps_and_saving():
     sigmas = [14.6, 5.0, 1.0, 0.3, 0.1]
     html = drawn(sigmas, GuidanceInterval(0.28, 5.42), 5)
     assert html.count(f'fill="{picture.GUIDED}"') == 3 and html.count("<rect") == 5
-    assert "3 of 5 steps are guided (2 to 4): 8 model runs per image instead of 10, 20% saved" in html
+    assert "3 of 5 steps are guided (2 to 4): 8 network evaluations per image instead of 10, 20% saved" in html
     assert "None of the 5 steps is guided" in drawn(sigmas, GuidanceInterval(50, 80), 5)
     assert "1 of 1 steps is guided (1)" in drawn([1.0], GuidanceInterval(), 1)
 
@@ -655,13 +655,13 @@ def test_the_picture_counts_evaluations_where_they_are_not_the_steps():
 
 def test_the_picture_counts_and_prompts_and_passes():
     html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, cond=2)
-    assert "5 model runs per image instead of 6" in html
+    assert "5 network evaluations per image instead of 6" in html
     html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, uncond=2)
-    assert "4 model runs per image instead of 6" in html
+    assert "4 network evaluations per image instead of 6" in html
     html = drawn([5.0, 0.1], GuidanceInterval(0.28, 5.42), 2, uncond=0)
-    assert "2 model runs per image instead of 2, 0% saved" in html
+    assert "2 network evaluations per image instead of 2, 0% saved" in html
     both = [picture.Pass([5.0, 0.1], [True, False]), picture.Pass([1.0], [True], cond=2)]
-    assert "2 of 3 evaluations are guided (1 to 3, with gaps): 6 model runs" in picture.draw(both, 2)
+    assert "2 of 3 evaluations are guided (1 to 3, with gaps): 6 network evaluations" in picture.draw(both, 2)
 
 
 def test_the_picture_of_a_flow_model_starts_at_infinity():

@@ -105,7 +105,7 @@ def test_findings_say_what_the_numbers_say(lab):
         "Interval against CFG, 50 images of the same seeds: the distance is -30 % [-30, -30] (lower). "
         "Accuracy +5.0 points, rows 29.2% lower."
     )
-    assert "no guidance, 50 images: the distance is +40 % [+40, +40] (higher)" in none
+    assert "conditional only, 50 images: the distance is +40 % [+40, +40] (higher)" in none
     assert "low part as well, 50 images: the distance is +1 % [" in low and "(unclear), rows 11.8% higher" in low
     assert "high part as well, 50 images: the distance is +614 %" in high and "(higher)" in high
 
@@ -128,7 +128,7 @@ def test_each_judge_speaks(lab):
         (["--sigma-lo", "3", "--sigma-hi", "1"], "sigma_lo=3.0 and sigma_hi=1.0; swap"),
         (["--sigma-lo", "-1"], "sigma_lo must not be negative, got -1.0"),
         (["--sigma-hi", "nan"], "sigma_hi is NaN"),
-        (["--weight", "1"], "weight must be a number above 1 (1 is no guidance) and at most 1000, got 1.0"),
+        (["--weight", "1"], "weight must be a number above 1 (1 is conditional only) and at most 1000, got 1.0"),
         (["--weight", "inf"], "weight must be a number above 1"),
         (["--weight", "0"], "weight must be a number above 1"),
         (["--cfg-weight", "0.5"], "cfg_weight must be a number above 1"),
@@ -152,7 +152,8 @@ def test_info_shows_presets_and_what_they_guide(capsys):
     assert cli.main(["info", "--steps", "20"]) == 0
     out = capsys.readouterr().out
     assert (
-        "[.....ggggggggg......]\n  9 of 20 steps are guided (5 to 13): 29 network rows per image instead of 40" in out
+        "[.....ggggggggg......]\n  9 of 20 steps are guided (5 to 13): 29 network evaluations per image instead of 40"
+        in out
     )
     assert "edm2-xxl-fid" in out and "arXiv 2404.07724" in out and "weight 2 (1.2 without the interval)" in out
     assert "weight 16; chosen by visual inspection" in out and "section 4.3" in out
@@ -163,7 +164,7 @@ def test_info_of_an_interval_of_one_s_own(capsys):
     out = capsys.readouterr().out
     assert (
         "yours: sigma in (0, 0.001]" in out
-        and "None of the 20 steps is guided: 20 network rows per image instead of 40, 50% saved" in out
+        and "None of the 20 steps is guided: 20 network evaluations per image instead of 40, 50% saved" in out
     )
 
 

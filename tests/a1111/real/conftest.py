@@ -562,8 +562,8 @@ def report():
 
 def pytest_terminal_summary(terminalreporter):
     titles = {
-        "calls judged right / calls, network rows of those with CFG everywhere": _table,
-        "network rows of those with CFG everywhere, or what happened": _facts,
+        "calls judged right / calls, network evaluations of those with CFG everywhere": _table,
+        "network evaluations of those with CFG everywhere, or what happened": _facts,
     }
     write = terminalreporter.write_line
     for title, table in titles.items():

@@ -24,7 +24,7 @@ def told(webui):
 
 @pytest.fixture
 def counted(webui, generate):
-    """`counted(ours, **p)`: `(noise levels, network rows per image)` of a generation."""
+    """`counted(ours, **p)`: `(noise levels, network evaluations per image)` of a generation."""
     from guidance_interval.a1111 import patch
     from modules import script_callbacks
 
@@ -221,7 +221,7 @@ def test_the_picture(webui):
 
     controls = {**TXT2IMG, "sampler": "DPM++ 2M", "scheduler": "Karras", "steps": 20}
     html = ui.picture_of(INTERVAL, controls)
-    assert "9 of 20 steps are guided" in html and "29 model runs per image instead of 40" in html
+    assert "9 of 20 steps are guided" in html and "29 network evaluations per image instead of 40" in html
     assert "swap them" in ui.picture_of(["custom", 5, 1, "Both passes"], controls)
     assert "20 of 20 steps" in ui.picture_of(["custom", 0, 0, "Both passes"], controls)
     if "DPM adaptive" in samplers():

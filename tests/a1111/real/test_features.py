@@ -457,8 +457,8 @@ def test_comparison(generate, judge, st):
     assert len(cells) == 6 and grid.width >= 3 * 64 and grid.height > 2 * 64
     assert [c.tobytes() for c in cells[:2]] == [i.tobytes() for i in everywhere.images[-2:]]
     assert [c.tobytes() for c in cells[2:4]] == [i.tobytes() for i in interval.images[-2:]]
-    assert "CFG everywhere" in processed.comments and "32 model runs" in processed.comments
-    assert "16 model runs" in processed.comments
+    assert "CFG everywhere" in processed.comments and "32 network evaluations" in processed.comments
+    assert "16 network evaluations" in processed.comments
     assert ["Guidance interval" in text for text in processed.infotexts[1:]] == [False] * 2 + [True] * 4
 
 
