@@ -1,7 +1,7 @@
 """Draws workflows/*.jpg, which the template browser shows: `python docs/thumbnails.py`, with what the tests need.
 
 Workflows of the demo model show its images; for the others, whose models are not here, the forecast of their run is
-drawn: the schedule, the guided band, and the rows that it saves.
+drawn: the schedule, the guided band, and what it saves.
 """
 
 import sys
@@ -149,7 +149,7 @@ def draw_chart(title, data, right):
     for x, y, guided, _ in steps:
         box = [x_of(x) - radius, y_of(y) - radius, x_of(x) + radius, y_of(y) + radius]
         draw.ellipse(box, fill=BLUE if guided else PAPER, outline=BLUE if guided else LINE, width=2 * SCALE)
-    draw.text((left, 360 * SCALE), f"{data['saved']} % fewer rows", fill=BLUE, font=font(56))
+    draw.text((left, 360 * SCALE), f"{data['saved']} % fewer evaluations", fill=BLUE, font=font(56))
     small = f"{data['guided']} of {data['steps']} steps guided, {data['sampler']}"
     draw.text((left, 432 * SCALE), small, fill=SOFT, font=font(24))
     return picture
@@ -209,7 +209,7 @@ def bars(host, name):
         draw.text((24 * SCALE, top), label, fill=INK, font=font(26))
         box = [24 * SCALE, top + 36 * SCALE, 24 * SCALE + width, top + 76 * SCALE]
         draw.rounded_rectangle(box, 6 * SCALE, fill=BLUE if i else LINE)
-        draw.text((38 * SCALE, top + 56 * SCALE), f"{rows} rows", fill=PAPER, font=font(26), anchor="lm")
+        draw.text((38 * SCALE, top + 56 * SCALE), f"{rows} network evaluations", fill=PAPER, font=font(26), anchor="lm")
     return picture
 
 

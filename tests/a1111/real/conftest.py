@@ -53,6 +53,7 @@ def webui(tmp_path_factory):
     data = tmp_path_factory.mktemp("webui")
     (data / "extensions").mkdir()
     (data / "extensions" / "guidance-interval").symlink_to(ROOT)
+    (data / "tmp").mkdir()  # Where Forge Neo and Forge Classic keep the images that are not saved.
     (data / "models" / "Stable-diffusion").mkdir(parents=True)
     os.chdir(path)
     sys.path.insert(0, str(path))

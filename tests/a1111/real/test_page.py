@@ -33,7 +33,8 @@ def address(webui):
         from modules_forge.forge_canvas.canvas import canvas_js_root_path
 
         allowed.append(canvas_js_root_path)
-    scripts.load_scripts()  # The page anew, as "Reload UI" makes it.
+    script_callbacks.script_unloaded_callback()  # The page anew, as "Reload UI" makes it: reForge's ids, too.
+    scripts.load_scripts()
     script_callbacks.before_ui_callback()
     shared.demo = ui.create_ui()
     shared.demo.queue()

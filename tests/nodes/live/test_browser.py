@@ -281,6 +281,7 @@ SECOND = """() => {
     const find = (type) => app.graph.nodes.find((n) => n.type === type);
     const [interval, first, decode] = [find("GuidanceInterval"), find("KSampler"), find("VAEDecode")];
     const second = first.clone();
+    second.id = -1; // To be given one: of some front ends (1.49.6) the clone's is "undefined", and stays.
     app.graph.add(second);
     const at = (node, name) => node.inputs.findIndex((i) => i.name === name);
     interval.connect(0, second, at(second, "model"));
