@@ -65,22 +65,13 @@ class Against:
         return "yes" if self.average.below == "yes" else "unclear"
 
 
-def ratio_at_equal_accuracy(limited, curve, judge="fd", labels=None):
-    """The `Ratio` of the distance of `limited` over the lowest of a curve with no less accuracy; None if it has none.
-
-    curve: [(Scores, influence)] of the same seeds, by weight. Between two weights, whose accuracies must differ
-    clearly, accuracy is taken as linear and the distance as exponential; the uncertainty of the accuracies is part of
-    the interval.
-    """
-    found = _at_equal_accuracy(limited, curve, judge)
-    return found and _ratio(_log(limited, judge), found, labels)
-
-
 def against(limited, curve, judge="fd", labels=None):
     """`Against` of the weights of `limited`, {weight: (Scores, influence)}, with an accuracy that `curve` has too.
 
     Of weights that another one of `limited` beats in accuracy and distance nobody would choose any: they are left out.
-    None when no weight is left. The average is over these weights.
+    Between two weights of `curve`, whose accuracies must differ clearly, accuracy is taken as linear and the distance
+    as exponential; the uncertainty of the accuracies is part of the confidence interval. None when no weight is left.
+    The average is over these weights.
     """
     chosen = front({w: (scores.accuracy, getattr(scores, judge)) for w, (scores, _) in limited.items()})
     limited = {w: judged for w, judged in limited.items() if w in chosen}

@@ -14,7 +14,7 @@ SCORES_VERSION = 2
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score_samples` measures.
+    """What `judge_samples` measures.
 
     fd: Frechet distance to the real images, and fd_low, fd_high: its 95 % confidence interval, by bootstrap.
     accuracy: share of samples that the classifier takes for the class that was asked for (adherence).
@@ -31,11 +31,6 @@ class Scores:
     class_fd: float = math.nan
     class_fd_low: float = math.nan
     class_fd_high: float = math.nan
-
-
-def score_samples(lab, x, labels):
-    """Return the `Scores` of images x [N, C, H, W] on the model's scale, asked for as labels [N]."""
-    return judge_samples(lab, x, labels)[0]
 
 
 @torch.inference_mode()

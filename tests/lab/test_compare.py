@@ -56,6 +56,11 @@ def test_each_judge_has_its_own_ratio():
     assert compare.ratio(a, doubled, "class_fd").value == pytest.approx(compare.ratio(a, b).value / 2)
 
 
+def at_equal_accuracy(limited, curve):
+    found = compare.against({1.0: limited}, curve)
+    return found and found.average
+
+
 def test_at_equal_accuracy_the_curve_is_interpolated():
     """Halfway in accuracy lies the geometric mean of the distances; its interval holds the accuracies' too."""
     generator = torch.Generator().manual_seed(0)
@@ -66,11 +71,11 @@ def test_at_equal_accuracy_the_curve_is_interpolated():
     )
     t = (limited[0].accuracy - low[0].accuracy) / (high[0].accuracy - low[0].accuracy)
     expected = limited[0].fd / (low[0].fd ** (1 - t) * high[0].fd ** t)
-    found = compare.ratio_at_equal_accuracy(limited, [low, high])
+    found = at_equal_accuracy(limited, [low, high])
     assert found.value == pytest.approx(expected)
     at_the_weight = compare.ratio(limited, low)
     assert math.log(found.high / found.low) > math.log(at_the_weight.high / at_the_weight.low)
-    assert compare.ratio_at_equal_accuracy(limited, [low, low]) is None  # The curve never has that accuracy.
+    assert at_equal_accuracy(limited, [low, low]) is None  # The curve never has that accuracy.
 
 
 @pytest.mark.parametrize(("apart", "interpolated"), [(0.49, False), (0.5, False), (0.51, True)])
@@ -82,7 +87,7 @@ def test_the_curve_is_interpolated_where_two_accuracies_differ_by_more_than_two_
         return scores.Scores(fd, 0.0, 0.0, accuracy, 1.0, fd, 0.0, 0.0), torch.stack([0 * right, 0 * right, moved])
 
     low, high = point(1.0, 0.5 - apart / 2, 0 * right), point(4.0, 0.5 + apart / 2, right)
-    found = compare.ratio_at_equal_accuracy(point(2.0, 0.5, 0 * right), [low, high])
+    found = at_equal_accuracy(point(2.0, 0.5, 0 * right), [low, high])
     assert found.value == pytest.approx(1.0 if interpolated else 0.5)  # Else the curve's weight of more accuracy.
 
 
@@ -99,7 +104,7 @@ def test_a_curve_below_another_dominates_and_one_weight_above_is_enough_to_lose(
     lower, crossing = points((0.25, 0.6), (0.5, 0.8)), points((0.25, 0.6), (0.9, 0.8))
     won = compare.against({2.0: lower[0], 3.0: lower[1]}, cfg)
     assert won.dominates == "yes" and [w for w, _ in won.at] == [2.0, 3.0]
-    ratios = [compare.ratio_at_equal_accuracy(judged, cfg).value for judged in lower]
+    ratios = [at_equal_accuracy(judged, cfg).value for judged in lower]
     assert won.average.value == pytest.approx(math.prod(ratios) ** 0.5)
     lost = compare.against({2.0: crossing[0], 3.0: crossing[1]}, cfg)
     assert lost.dominates == "no" and lost.highest[0] == 3.0

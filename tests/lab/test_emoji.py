@@ -59,16 +59,16 @@ def test_the_interval_is_cheaper_and_follows_the_class():
     )
     assert torch.equal(none.labels, interval.labels) and none.x.shape == (40, 3, 32, 32)
     assert none.rows == 6 and 6 < interval.rows < 12
-    a, b = (scores.score_samples(lab, drawn.x, drawn.labels) for drawn in (none, interval))
+    a, b = (scores.judge_samples(lab, drawn.x, drawn.labels)[0] for drawn in (none, interval))
     assert b.accuracy > a.accuracy and a.fd > 0 and b.fd_low < b.fd < b.fd_high
 
 
 def test_the_distance_is_the_ruler_s():
     lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
     x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
-    fd = scores.score_samples(lab, x, torch.arange(96)).fd
+    fd = scores.judge_samples(lab, x, torch.arange(96))[0].fd
     lab.ruler = None
-    assert fd != scores.score_samples(lab, x, torch.arange(96)).fd
+    assert fd != scores.judge_samples(lab, x, torch.arange(96))[0].fd
 
 
 def test_the_reference_has_the_class_frequencies_of_the_samples():
@@ -92,7 +92,7 @@ def test_both_judges_see_the_same_samples():
     lab.ruler = None
     reference = dict(lab.reference, mean=lab.reference["class_mean"], cov=lab.reference["class_cov"])
     lab.reference = reference
-    assert scores.score_samples(lab, x, torch.arange(96)).fd == pytest.approx(value.class_fd)
+    assert scores.judge_samples(lab, x, torch.arange(96))[0].fd == pytest.approx(value.class_fd)
 
 
 def test_labels_are_spread_evenly():

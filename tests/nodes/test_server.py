@@ -427,11 +427,11 @@ def test_images_of_the_demo_model_measure_as_the_labs_do(server, weight, interva
         labels += [label] * count
     x = torch.from_numpy(np.stack(images)).movedim(-1, 1)
     x = data.to_model(x, lab.config["pixel_mean"], lab.config["pixel_std"])
-    served = scores.score_samples(lab, x, torch.tensor(labels))
+    served = scores.judge_samples(lab, x, torch.tensor(labels))[0]
     # As the server saves them: pixels that were clipped and rounded.
     mean, std = lab.config["pixel_mean"], lab.config["pixel_std"]
     pixels = ((drawn.x * (std / data.SIGMA_DATA) + mean) * 255).round().clamp(0, 255)
-    of_lab = scores.score_samples(lab, data.to_model(pixels, mean, std), drawn.labels)
+    of_lab = scores.judge_samples(lab, data.to_model(pixels, mean, std), drawn.labels)[0]
     assert served.fd_low <= of_lab.fd <= served.fd_high, (served, of_lab)
     assert of_lab.fd_low <= served.fd <= of_lab.fd_high, (served, of_lab)
     p = (served.accuracy + of_lab.accuracy) / 2
