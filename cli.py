@@ -1,4 +1,4 @@
-"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure`, `tune`, `train` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure`, `tune`, `report`, `train` and `info`."""
 
 import argparse
 import contextlib
@@ -18,6 +18,7 @@ from .errors import UserError, told, user_input
 from .sampler_patch import GuidanceInterval
 from .toy.data import DATA
 from .toy.sampling import MAX_SEED
+from .tune import LANGUAGES
 
 # What the machine refuses, wherever it shows: a full disk and the like.
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -275,10 +276,19 @@ def parser():
     tune.add_argument(
         "--save", type=path, metavar="NAME[=ID]", help="keep the best, or the one of that ID, as a preset of yours"
     )
-    tune.add_argument("--language", choices=("en", "ja"), default="en", help="of the report")
+    tune.add_argument("--language", choices=LANGUAGES, default="en", help="of the report")
     tune.add_argument("--device", type=device, default="cpu", help="where images are judged: cpu, cuda, ...")
     tune.add_argument("--clip", type=path, metavar="DIR", help="CLIP's weights, where they are not in the hub's cache")
     tune.set_defaults(run=run_tune, extra="tune", interrupted=again)
+
+    report = commands.add_parser(
+        "report", help="write the report of a study again, from what `tune` left in its folder"
+    )
+    report.add_argument(
+        "folder", metavar="FOLDER", action="store", type=path, help="the --out folder of a `tune` that has ended"
+    )
+    report.add_argument("--language", choices=LANGUAGES, default="en", help="in which the page opens; it holds both")
+    report.set_defaults(run=run_report, extra="tune", interrupted="the report is as it was")
 
     train = commands.add_parser("train", help="train a model like those that ship, for `sweep --model`")
     train.add_argument("--data", choices=[*DATA, "emoji"], default="digits", help="what it learns")
@@ -490,6 +500,12 @@ def run_tune(args):
         save=args.save,
         language=args.language,
     )
+
+
+def run_report(args):
+    from .tune.report.report import write_report
+
+    print(f"wrote {write_report(args.folder, args.language)}")
 
 
 def run_train(args):

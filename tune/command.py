@@ -9,9 +9,9 @@ from ..errors import UserError, plain, quoted
 from ..files import aligned, output_folder, printed, sole_use
 from ..interval_text import CONDITIONAL_ONLY
 from . import confirm, objectives, study
-from .backends import Refused, everywhere
+from .servers.backend import Refused, everywhere
+from .servers.workflow import content_of
 from .view import View, duration
-from .workflow import content_of
 
 PREVIEW = 3  # Prompts that --dry-run shows.
 LONGEST = 16 * 2**20  # Bytes of a file of prompts.
@@ -45,7 +45,8 @@ def run(
     _parse_save(options.get("save"))
     texts = None if prompts is None else read_prompts(prompts)
     if model is not None:
-        from .emoji import Emoji, EmojiJudge
+        from .judges.emoji import EmojiJudge
+        from .servers.toy import Emoji
 
         if reference not in (None, EmojiJudge.own_reference):
             raise UserError(f"--reference {reference!r}: with --model emoji it is `emoji`, the real ones, or left out")
@@ -60,11 +61,11 @@ def run(
     if texts is None:
         raise UserError("--prompts is missing: a text file, one prompt on a line, 8 or more")
     if a1111 is not None:
-        from .webui import WebUI
+        from .servers.webui import WebUI
 
         backend = WebUI(a1111, source)
     else:
-        from .servers import Comfy
+        from .servers.comfyui import Comfy
 
         backend = Comfy(source, servers or ["http://127.0.0.1:8188"], output_node)
     with contextlib.closing(backend):
@@ -74,10 +75,10 @@ def run(
 def _judge(backend, device, reference, clip):
     """CLIP, or for the demo model in ComfyUI the networks that know it: no weights are needed then."""
     if getattr(backend, "shows_emoji", False):
-        from .emoji import EmojiJudge
+        from .judges.emoji import EmojiJudge
 
         return EmojiJudge(device, reference)
-    from .clip import ClipJudge
+    from .judges.clip import ClipJudge
 
     return ClipJudge(device, reference, clip)
 
@@ -99,7 +100,7 @@ def tune(
 ):
     """Search, confirm, write confirmed.json and report.html to `out`; returns what confirmed.json holds, or None.
 
-    backend: see `backends.py`; judge: `emoji.EmojiJudge` or `clip.ClipJudge`; prompts: [text]. save: `NAME` or
+    backend: see `servers/backend.py`; judge: `EmojiJudge` or `ClipJudge` of `judges/`; prompts: [text]. save: `NAME` or
     `NAME=best-2`. None is returned for a dry run, and where another process confirms. Raises UserError before any image
     is rendered for what cannot be.
     """
@@ -124,7 +125,7 @@ def tune(
                 measured = confirm.confirm(search, out)
         found = confirm.report(search, out, measured)
         print(table(found, printed), "", *findings(found), sep="\n")
-        from .report import write_report
+        from .report.report import write_report
 
         print(f"\nwrote {confirm.CONFIRMED} and {Path(write_report(out, language=language)).name} to {out}")
         if preset:

@@ -5,7 +5,7 @@ intervals resample blocks. Each metric is a mean over blocks of what they contri
 that of the block, for a distance, which is of all images at once, its value plus the influence of the block's images
 (`measure/metrics.py`). Two settings are compared by the difference of contributions, over the blocks that both have.
 
-A judge (`emoji.EmojiJudge`, `clip.ClipJudge`) has
+A judge (`judges/`) has
 - `adherence`, the name of its measure, with the `margin` that a setting may lose of it and `digits` to show;
 - `reference`, what distances are to, or None, and `distance_name`; `identity`, which changes with its weights;
 - `check(prompts)`, which loads what it needs, `look(image)`, called with each image as it comes, and

@@ -16,7 +16,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Matern
 
 from . import objectives
-from .backends import Setting
+from .servers.backend import Setting
 
 STARTUP = 13  # Trials before the first that is not drawn at random.
 # Over the coordinates. A smoother one is too sure of what lies between and beyond.
@@ -60,7 +60,7 @@ class Belief:
     """What all trials together tell of the true differences to the baseline.
 
     goal: `objectives.Goal` of two keys; baseline: what it measured; done: `[(Setting, measured)]`; ranges: the ends
-    `{name: (low, high)}` of the space; sigmas: see `backends.py`.
+    `{name: (low, high)}` of the space; sigmas: see `servers/backend.py`.
     """
 
     def __init__(self, goal, baseline, done, ranges, sigmas):

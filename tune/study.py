@@ -31,10 +31,10 @@ from ..errors import UserError, without_password
 from ..interval_text import CONDITIONAL_ONLY
 from ..presets import DEFAULT, get_preset
 from . import objectives
-from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
-from .images import Folder
+from .images import Images
 from .objectives import SEEDS
 from .sampler import STARTUP, Belief, IntervalSampler, to_setting
+from .servers.backend import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
 BASELINE = "CFG as it was"
@@ -261,7 +261,7 @@ class Search:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.plan, self.backend, self.judge, self.view = plan, backend, judge, view
         self.goal = objectives.goal(judge, backend.sigmas is not None)
-        self.folder = Folder(Path(out) / "images", backend.identity)
+        self.folder = Images(Path(out) / "images", backend.identity)
         self.mine = f"{socket.gethostname()}:{Path(out).resolve()}"
         self.ranges = space(backend)
         self.nameless_since = {}  # Trial's number: when it was first seen without its process's name.

@@ -16,9 +16,9 @@ import torch
 from guidance_interval import presets
 from guidance_interval.errors import UserError
 from guidance_interval.toy import model
-from guidance_interval.tune import servers, workflow
-from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting, everywhere, paste_comfyui
-from guidance_interval.tune.client import Client
+from guidance_interval.tune.servers import comfyui, workflow
+from guidance_interval.tune.servers.backend import CONDITIONAL, Job, Refused, Setting, everywhere, paste_comfyui
+from guidance_interval.tune.servers.client import Client
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -167,7 +167,7 @@ def test_conditional_only_guides_no_evaluation_of_any_model(host, kind, change, 
 
 
 def test_images_come_from_both_and_are_of_their_settings(two, files):
-    backend = servers.Comfy(files / "flowers.json", two.urls)
+    backend = comfyui.Comfy(files / "flowers.json", two.urls)
     assert backend.weight == 4 and len(backend.sigmas) == 6 and backend.shows_emoji
     before = [two.prompts(i) for i in (0, 1)]
     jobs = [Job(s, p, 7) for s in (everywhere(4.0), CONDITIONAL) for p in ("fruit", "food-fruit", "heart", "cat-face")]
@@ -192,7 +192,7 @@ def test_images_come_from_both_and_are_of_their_settings(two, files):
 def test_what_a_server_lacks_is_told_before_the_first_image(two, files, what, message):
     (files / "flowers.json").write_text(json.dumps(graph() | what))
     with pytest.raises(UserError, match=rf"cannot run: {two.urls[0]} .*{message}.*; {two.urls[1]}"):
-        servers.Comfy(files / "flowers.json", two.urls)
+        comfyui.Comfy(files / "flowers.json", two.urls)
 
 
 def test_an_interval_that_is_there_is_replaced(two, files):
@@ -201,17 +201,17 @@ def test_an_interval_that_is_there_is_replaced(two, files):
     nodes["8"] = {"class_type": "GuidanceIntervalPreset", "inputs": {"model": ["7", 0], "preset": "edm2-xxl-fid"}}
     nodes["4"]["inputs"]["model"] = ["8", 0]
     (files / "flowers.json").write_text(json.dumps(nodes))
-    backend = servers.Comfy(files / "flowers.json", two.urls[:1])
+    backend = comfyui.Comfy(files / "flowers.json", two.urls[:1])
     assert backend.weight == 2.0  # The preset's.
     job = Job(everywhere(4.0), "heart", 7)
     (files / "plain.json").write_text(json.dumps(graph()))
-    plain = servers.Comfy(files / "plain.json", two.urls[:1])
+    plain = comfyui.Comfy(files / "plain.json", two.urls[:1])
     (_, ours), (_, theirs) = *backend.render([job]), *plain.render([job])
     assert ours.image.tobytes() == theirs.image.tobytes()
 
 
 def test_a_picture_of_comfyui_is_a_workflow_too(two, files):
-    server = servers.Server(two.urls[0])
+    server = comfyui.Server(two.urls[0])
     job = server.queue(graph())
     while (found := server.finished(job)) is None:
         time.sleep(0.1)
@@ -226,7 +226,7 @@ def test_a_picture_of_comfyui_is_a_workflow_too(two, files):
 def test_the_preset_node_lists_what_was_saved_and_renders_it(two, files):
     entry = dict(model="flowers.json", sigma_lo=0.5, sigma_hi=20.0, weight=6.0, weight_everywhere=4.0, study="flowers")
     presets.save_mine("mine", entry)
-    server = servers.Server(two.urls[0])
+    server = comfyui.Server(two.urls[0])
     options = server.object_info().inputs("GuidanceIntervalPreset")["preset"]
     assert options == [*presets.PRESETS, "mine (measured by you)"]  # Without a restart.
     nodes = graph(cfg=["8", 1], seed=7)
@@ -236,7 +236,7 @@ def test_the_preset_node_lists_what_was_saved_and_renders_it(two, files):
     job = server.queue(nodes)
     while (found := server.finished(job)) is None:
         time.sleep(0.1)
-    backend = servers.Comfy(files / "flowers.json", two.urls[:1])
+    backend = comfyui.Comfy(files / "flowers.json", two.urls[:1])
     ((_, ours),) = backend.render([Job(Setting(0.5, 20.0, 6.0), "heart", 7)])
     assert server.image(found[0]["6"]["images"][0]).tobytes() == ours.image.tobytes()
 
@@ -287,8 +287,8 @@ def test_a_server_and_the_tuner_are_killed_and_nothing_is_lost_or_doubled(two, f
 
 
 def test_without_any_server_it_ends_after_a_while(two, files, monkeypatch):
-    backend = servers.Comfy(files / "flowers.json", two.urls)
-    monkeypatch.setattr(servers, "ALONE", 1)
+    backend = comfyui.Comfy(files / "flowers.json", two.urls)
+    monkeypatch.setattr(comfyui, "ALONE", 1)
     for server in backend.servers:
         server.client = Client("--server", "127.0.0.1:9", "", lambda *_: None)  # As if both had died since.
     with pytest.raises(UserError, match=r"no server answers any more .*what is done is kept: start one"):

@@ -25,10 +25,12 @@ from guidance_interval.a1111 import settings as a1111_settings
 from guidance_interval.errors import UserError
 from guidance_interval.interval_text import CONDITIONAL_ONLY
 from guidance_interval.measure.metrics import cmmd
-from guidance_interval.tune import clip, command, confirm, objectives, sampler, study, webui
-from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Rendered, Setting, everywhere
-from guidance_interval.tune.images import Folder
+from guidance_interval.tune import command, confirm, objectives, sampler, study
+from guidance_interval.tune.images import Images
+from guidance_interval.tune.judges import clip
 from guidance_interval.tune.objectives import SEEDS
+from guidance_interval.tune.servers import webui
+from guidance_interval.tune.servers.backend import CONDITIONAL, Job, Refused, Rendered, Setting, everywhere
 from guidance_interval.tune.view import Quiet, View
 from optuna.trial import TrialState
 from PIL import Image
@@ -643,7 +645,7 @@ def test_first_trials_that_two_processes_queued_are_rendered_once(tmp_path):
 
 
 def test_an_image_that_is_damaged_or_of_another_job_is_rendered_again(tmp_path):
-    folder, job = Folder(tmp_path), Job(Setting(0.1, 2.0, 3.0), "a", 1)
+    folder, job = Images(tmp_path), Job(Setting(0.1, 2.0, 3.0), "a", 1)
     folder.put((0, 0), job, Rendered(Painter().paint(job), 9.0, 0.5))
     found = folder.get((0, 0), job)
     assert (found.rows, found.seconds) == (9.0, 0.5) and found.image.tobytes() == Painter().paint(job).tobytes()

@@ -9,14 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from ..errors import UserError, plain
-from ..interval_text import BOTH_PASSES, CONDITIONAL_ONLY, CUSTOM, TITLE
-from . import backends
-from .backends import Refused, Rendered
+from ...errors import UserError, plain
+from ...interval_text import BOTH_PASSES, CONDITIONAL_ONLY, CUSTOM, TITLE
+from .backend import Refused, Rendered, paste
 from .client import Client, Gone, read_image
 from .workflow import content_of
 
-SILENCE, ALONE, FAILURES = 600, 120, 5  # As in servers.py.
+SILENCE, ALONE, FAILURES = 600, 120, 5  # As in comfyui.py.
 POLL = 1.0  # Seconds between looks at the progress, and until it is asked again.
 # What is rendered where no picture says otherwise; names as the API has them: (name in a picture's parameters, value).
 DEFAULTS = {
@@ -183,7 +182,7 @@ class WebUI:
         told = ", ".join(f"{k} {v}" for k, v in self.parameters.items() if v != "")
         return [f"web UI: {self.client}, {self.identity['checkpoint']}", f"  {told}"]
 
-    paste = staticmethod(backends.paste)
+    paste = staticmethod(paste)
 
     def close(self):
         """The web UI goes on."""

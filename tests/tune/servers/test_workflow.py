@@ -7,8 +7,9 @@ import time
 
 import pytest
 from guidance_interval.errors import UserError
-from guidance_interval.tune import command, workflow
-from guidance_interval.tune.backends import CONDITIONAL, Setting, everywhere
+from guidance_interval.tune import command
+from guidance_interval.tune.servers import workflow
+from guidance_interval.tune.servers.backend import CONDITIONAL, Setting, everywhere
 
 
 def node(output=(), required=None, optional=None, output_node=False):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import UserError, plain
-from ..measure.folder import UNREADABLE, first_line
-from .backends import paste_comfyui
+from ...errors import UserError, plain
+from ...measure.folder import UNREADABLE, first_line
+from .backend import paste_comfyui
 
 PATCHES = {"GuidanceInterval", "GuidanceIntervalPercent", "GuidanceIntervalSteps", "GuidanceIntervalPreset"}
 GUIDER, COMPARE = "GuidanceIntervalGuider", "GuidanceIntervalCompare"
@@ -288,7 +288,7 @@ class Workflow:
             return value if _is_number(value) else None
         node = self.nodes.get(str(value[0]), {"inputs": {}})
         if node.get("class_type") == "GuidanceIntervalPreset":
-            from ..presets import get_preset
+            from ...presets import get_preset
 
             try:
                 value = get_preset(node["inputs"].get("preset")).weight or node["inputs"].get("cfg")

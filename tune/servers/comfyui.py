@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError, plain
-from . import backends, workflow
-from .backends import Refused, Rendered
+from ...errors import UserError, plain
+from . import workflow
+from .backend import CONDITIONAL, Refused, Rendered, paste
 from .client import Client, Gone
 
 AHEAD = 2  # Jobs that a server has at a time: one at work and one waiting.
@@ -221,7 +221,7 @@ class Comfy:
             f"servers: {', '.join(map(str, self.servers))}",
         ]
 
-    paste = staticmethod(backends.paste)
+    paste = staticmethod(paste)
 
     def close(self):
         """The servers go on."""
@@ -233,7 +233,7 @@ def _digest(made):
     """What of a workflow moves its images, beside what is set for each."""
     import hashlib
 
-    graph = made.graph(backends.CONDITIONAL, "", 0)
+    graph = made.graph(CONDITIONAL, "", 0)
     for n, key in made.weight_inputs:
         graph[n]["inputs"][key] = 0
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ..errors import plain
-from ..interval_text import CONDITIONAL_ONLY, INTERVAL_KEY, LARGEST, format_interval
-from ..sampler_patch import GuidanceInterval
+from ...errors import plain
+from ...interval_text import CONDITIONAL_ONLY, INTERVAL_KEY, LARGEST, format_interval
+from ...sampler_patch import GuidanceInterval
 
 
 class Refused(Exception):

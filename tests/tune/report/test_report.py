@@ -5,8 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,9 @@ from PIL import Image
 
 pytest.importorskip("plotly", reason="of the extra `tune`")
 
+from guidance_interval import cli
 from guidance_interval.errors import UserError
-from guidance_interval.tune import report
+from guidance_interval.tune.report import report
 
 PAGE = report.PAGE
 
@@ -188,9 +187,8 @@ def test_what_is_no_study_is_refused(tmp_path, copy):
 
 
 def test_the_command_makes_it_again(copy, capsys):
-    run = [sys.executable, "-m", "guidance_interval.tune.report"]
-    done = subprocess.run([*run, str(copy), "--language", "ja"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == f"wrote {copy / 'report.html'}"
+    assert cli.main(["report", str(copy), "--language", "ja"]) == 0
+    assert capsys.readouterr().out == f"wrote {copy / 'report.html'}\n"
     assert '<html lang="ja">' in (copy / "report.html").read_text(encoding="utf-8")
-    assert report.main([str(copy / "confirmed")]) == 2
+    assert cli.main(["report", str(copy / "confirmed")]) == 2
     assert re.fullmatch("guidance-interval: error: .* holds no confirmed.json; .*\n", capsys.readouterr().err)

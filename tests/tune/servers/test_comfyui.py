@@ -22,9 +22,10 @@ import zlib
 
 import pytest
 from guidance_interval.errors import UserError
-from guidance_interval.tune import sampler, servers, study, webui
-from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting
-from guidance_interval.tune.client import Client, Gone, Limits
+from guidance_interval.tune import sampler, study
+from guidance_interval.tune.servers import comfyui, webui
+from guidance_interval.tune.servers.backend import CONDITIONAL, Job, Refused, Setting
+from guidance_interval.tune.servers.client import Client, Gone, Limits
 from PIL import Image
 
 MB = 2**20
@@ -248,7 +249,7 @@ def server():
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """No test waits for more than it must."""
-    for module in (servers, webui):
+    for module in (comfyui, webui):
         for name, value in {"SILENCE": 0.4, "ALONE": 1.0, "FAILURES": 2, "RETRY": 0.01, "LOOK": 0.05}.items():
             monkeypatch.setattr(module, name, value, raising=False)
     monkeypatch.setattr(webui, "POLL", 0.02)
@@ -264,7 +265,7 @@ def render_comfy(server, workflow, limits=SMALL, count=3):
     """`(images, what was said of it or None)` of a ComfyUI."""
     backend = None
     try:
-        backend = servers.Comfy(workflow, [server.url], limits=limits)
+        backend = comfyui.Comfy(workflow, [server.url], limits=limits)
         return list(backend.render([Job(CONDITIONAL, "a dog", i) for i in range(count)])), None
     except (UserError, Refused) as e:
         return [], str(e)
@@ -312,7 +313,7 @@ def test_comfyui_answers_wrongly(server, workflow, capsys, part, mode):
     assert said is None or refused or server.url in said
     if said and "out for good" in said:
         redirects = SMALL.redirects + 1 if mode == "itself" else 1
-        assert server.asked.count("prompt") <= servers.FAILURES * servers.AHEAD * redirects
+        assert server.asked.count("prompt") <= comfyui.FAILURES * comfyui.AHEAD * redirects
         assert "What is done is kept" in said
 
 
@@ -367,7 +368,7 @@ def test_what_is_no_image_to_use(server, workflow, capsys, name):
     images, said = render_comfy(server, workflow)
     check(server, images, said, capsys, begin, 3)
     assert said.startswith(f"{server.url} is out for good: it failed 2 times") and re.search(message, said)
-    assert server.asked.count("view") == servers.FAILURES
+    assert server.asked.count("view") == comfyui.FAILURES
 
 
 def of_job(kind, node=None):
@@ -440,7 +441,7 @@ def test_the_others_go_on_without_one_that_is_out_for_good(server, workflow, cap
         threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         second.broken["view"] = answer(b"<html>", 502)
         server.broken["view"] = lambda h: (time.sleep(0.02), answer(png(), kind="image/png")(h))
-        backend = servers.Comfy(workflow, [second.url, server.url], limits=SMALL)
+        backend = comfyui.Comfy(workflow, [second.url, server.url], limits=SMALL)
         for _ in range(2):
             found = dict(backend.render([Job(CONDITIONAL, "a dog", i) for i in range(12)]))
             assert sorted(found) == [*range(12)]
@@ -454,7 +455,7 @@ def test_the_others_go_on_without_one_that_is_out_for_good(server, workflow, cap
 
 
 def test_one_that_comes_back_is_used_again(server, workflow, capsys, monkeypatch):
-    monkeypatch.setattr(servers, "FAILURES", 3)
+    monkeypatch.setattr(comfyui, "FAILURES", 3)
     gone, times = threading.Event(), iter(range(1, 11))  # While it is away, what fails is not counted.
 
     def view(handler):
@@ -501,7 +502,7 @@ def test_of_two_passes_all_levels_are_counted_and_told(server, two_passes):
     server.broken["history"] = history(
         outputs={"probe-0-table": table_of("inf", 8.0, 2.0), "probe-1-table": table_of(4.0, 1.0, 0.5)}
     )
-    with contextlib.closing(servers.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
+    with contextlib.closing(comfyui.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
         assert backend.sigmas.tolist() == [float("inf"), 8.0, 4.0, 2.0, 1.0, 0.5]
         assert "  node 3 (KSampler) goes through 3 steps, sigma inf to 2" in backend.describe()
         assert "  node 6 (KSampler) goes through 3 steps, sigma 4 to 0.5" in backend.describe()
@@ -517,7 +518,7 @@ def test_of_two_passes_all_levels_are_counted_and_told(server, two_passes):
 ])  # fmt: skip
 def test_a_schedule_that_is_not_told_costs_no_study(server, two_passes, capsys, outputs):
     server.broken["history"] = history(outputs=outputs)
-    with contextlib.closing(servers.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
+    with contextlib.closing(comfyui.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
         assert backend.sigmas is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("note: the schedule cannot be told (") and line.isprintable()
@@ -526,7 +527,7 @@ def test_a_schedule_that_is_not_told_costs_no_study(server, two_passes, capsys, 
 @pytest.mark.parametrize("level", ["inf", 0.0])
 def test_a_schedule_without_a_level_to_bound_is_none(server, two_passes, level):
     server.broken["history"] = history(outputs={f"probe-{i}-table": table_of(level) for i in (0, 1)})
-    with contextlib.closing(servers.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
+    with contextlib.closing(comfyui.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
         assert backend.sigmas is None and study.space(backend)
 
 
@@ -534,7 +535,7 @@ def test_a_server_that_was_never_reached_is_told(workflow):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(UserError, match=rf"^--server http://{address}: no ComfyUI there .*does not answer"):
-        servers.Comfy(workflow, [address])
+        comfyui.Comfy(workflow, [address])
 
 
 # ----------------------------------------------------------------------------
@@ -672,7 +673,7 @@ def test_the_limits_as_they_are_hold_the_memory(server):
     server.broken["frames"] = upgraded(frame(b"x", length=2**40), b"x" * 2**16, pause=0.0)
     code = f"""
 import pathlib, re, resource
-from guidance_interval.tune.client import Client, Gone, Limits
+from guidance_interval.tune.servers.client import Client, Gone, Limits
 from PIL import Image
 client = Client("--server", {server.url!r}, "", lambda *_: None, Limits(quiet=0.5))
 def at_most(megabytes):

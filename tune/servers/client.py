@@ -20,9 +20,9 @@ import anyio
 import httpx
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import UserError, plain, quoted, without_password
-from ..measure.folder import UNREADABLE, decode, first_line
-from .backends import Refused
+from ...errors import UserError, plain, quoted, without_password
+from ...measure.folder import UNREADABLE, decode, first_line
+from .backend import Refused
 
 SILENT = logging.Logger("websockets", logging.CRITICAL + 1)  # What breaks is raised, too.
 FORMATS = ("PNG", "JPEG", "WEBP")  # What servers send; Pillow knows some that start other programs.

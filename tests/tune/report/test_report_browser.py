@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from guidance_interval.tune import report
+from guidance_interval.tune.report import report
 
 pytest.importorskip("plotly", reason="of the extra `tune`")
 playwright = pytest.importorskip("playwright.sync_api", reason="of the extra `dev`")
