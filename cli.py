@@ -5,9 +5,7 @@ import contextlib
 import errno
 import math
 import os
-import stat
 import sys
-import urllib.parse
 import warnings
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from .tune import LANGUAGES
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 MAX_SAMPLES = 100_000  # Variety compares all pairs of a class.
 MAX_STEPS = 10_000
-MAX_TEXT = 2**26  # Bytes of a file that is read as a whole.
 
 
 def main(argv=None):
@@ -227,7 +224,7 @@ def parser():
         help="digits, inception, dinov2 or clip; PATH: weights that are not where their library keeps them",
     )
     measure.add_argument(
-        "--prompts", type=text_file, metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image"
+        "--prompts", type=path, metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image"
     )
     measure.add_argument("--out", type=path, default="out/measure", help="folder for report.json and the picture")
     measure.add_argument(
@@ -245,12 +242,12 @@ def parser():
         "  guidance-interval tune workflow.json --prompts prompts.txt --save mine\n\ndocs/tuning.md walks through it.",
     )
     tune.add_argument(
-        "source", nargs="?", metavar="WORKFLOW", action="store", type=text_file,
+        "source", nargs="?", metavar="WORKFLOW", action="store", type=path,
         help="of ComfyUI: exported for the API (.json), or an image that ComfyUI saved (.png); with --a1111 an "
         "image that it saved, for its parameters",
     )  # fmt: skip
     tune.add_argument(
-        "--server", action="append", metavar="URL", type=address,
+        "--server", action="append", metavar="URL", type=path,
         help="a ComfyUI that runs the workflow, once for each (default: http://127.0.0.1:8188)",
     )  # fmt: skip
     tune.add_argument(
@@ -258,15 +255,16 @@ def parser():
         help="of a workflow that saves several images, the node whose image is judged (default: the last one)",
     )  # fmt: skip
     tune.add_argument(
-        "--a1111", metavar="URL", type=address, help="tune what an Automatic1111 or Forge has loaded instead"
+        "--a1111", metavar="URL", type=path, help="tune what an Automatic1111 or Forge has loaded instead"
     )
     tune.add_argument("--model", choices=["emoji"], help="tune the model that ships instead: offline, in minutes")
-    tune.add_argument("--prompts", type=text_file, metavar="FILE", help="one prompt on a line, 8 or more")
+    tune.add_argument("--prompts", type=path, metavar="FILE", help="one prompt on a line, 8 or more")
     tune.add_argument("--trials", type=count(4, 10_000), default=40, help="settings to try")
-    tune.add_argument("--images", type=count(4, 10_000), default=64, help="images a trial may have; it begins with 16")
+    tune.add_argument("--images", type=count(4, 10_000), default=64, help="images per trial; it begins with 16")
     tune.add_argument(
         "--reference", type=path, metavar="DIR",
-        help="images to come close to: least distance (CMMD) instead of most variety; with --model emoji also `emoji`",
+        help="images to come close to: minimize the distance (CMMD) instead of maximizing variety; with --model emoji "
+        "also `emoji`",
     )  # fmt: skip
     tune.add_argument("--storage", type=database, metavar="URL", help="a database that several machines share")
     tune.add_argument("--name", type=path, help="of the study; the same on all machines (default: the source's)")
@@ -370,26 +368,6 @@ def path(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return text
-
-
-def text_file(text):
-    """An argparse type: a path, but not of what would be read for ever, such as a pipe."""
-    with contextlib.suppress(OSError, ValueError):  # What is not there is told where it is opened.
-        found = os.stat(path(text))
-        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-            raise argparse.ArgumentTypeError(f"{text!r} is a pipe or a device, not a file")
-        if found.st_size > MAX_TEXT:
-            raise argparse.ArgumentTypeError(f"{text!r} has {found.st_size:,} bytes, more than {MAX_TEXT:,}")
-    return path(text)
-
-
-def address(text):
-    """An argparse type: a URL, as far as that can be told without asking it."""
-    try:
-        urllib.parse.urlsplit(text if "//" in text else f"http://{text}").port  # noqa: B018
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an address; give one like http://127.0.0.1:8188") from e
-    return path(text)
 
 
 def database(text):

@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 
 from ..errors import UserError, plain, quoted
-from ..files import aligned, output_folder, printed, sole_use
+from ..files import aligned, content_of, output_folder, printed, sole_use
 from ..interval_text import CONDITIONAL_ONLY
 from . import confirm, objectives, study
 from .servers.backend import Refused, everywhere
-from .servers.workflow import content_of
 from .view import View, duration
 
 PREVIEW = 3  # Prompts that --dry-run shows.

@@ -153,6 +153,17 @@ def history(**change):
     return write
 
 
+def forecast(levels, **change):
+    """A handler of the forecast: `{sampler: its levels}`, and of the answer what is to be otherwise, or "missing"."""
+
+    def write(handler):
+        n = json.loads(handler.body).get("sampler", next(iter(levels), None))
+        answer = {"sigmas": levels.get(n), "samplers": list(levels), "notes": []} | change
+        told({k: v for k, v in answer.items() if v != "missing"})(handler)
+
+    return write
+
+
 def frame(data, opcode=1, length=None):
     length = len(data) if length is None else length
     head = bytes([0x80 | opcode])
@@ -188,7 +199,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return parts[0] if parts else ""
 
     def do_GET(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         part = self.part()
         with self.server.lock:
             self.server.asked.append(part)
@@ -205,10 +216,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def good(self, part, body):
         if part == "prompt":
-            return told({"prompt_id": f"job-{len(self.server.asked)}"})(self)
+            return told({"prompt_id": f"job-{self.server.asked.count(part)}"})(self)
         image = base64.b64encode(png()).decode()
         good = {
             "object_info": told(INFO),
+            "guidance_interval": forecast({"3": [8.0, 2.0]}),
             "history": history(),
             "view": answer(png(), kind="image/png"),
             "ws": upgraded(),

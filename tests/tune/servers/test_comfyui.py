@@ -1,6 +1,5 @@
 """ComfyUI servers that answer wrongly: each request of the tuner with each kind of wrong answer."""
 
-import contextlib
 import http.server
 import json
 import re
@@ -12,14 +11,11 @@ import pytest
 from broken_server import (
     BIG,
     GIANT,
-    GRAPH,
-    INFO,
     SMALL,
     WRONG,
     Handler,
     answer,
     check,
-    declared,
     frame,
     history,
     png,
@@ -27,9 +23,8 @@ from broken_server import (
     upgraded,
 )
 from guidance_interval.errors import UserError
-from guidance_interval.tune import sampler, study
 from guidance_interval.tune.servers import comfyui
-from guidance_interval.tune.servers.backend import CONDITIONAL, Job, Refused, Setting
+from guidance_interval.tune.servers.backend import CONDITIONAL, Job, Refused
 
 
 def render_comfy(server, workflow, limits=SMALL, count=3):
@@ -45,11 +40,12 @@ def render_comfy(server, workflow, limits=SMALL, count=3):
             backend.close()
 
 
-HARMLESS = {("queue", mode) for mode in WRONG}  # It is asked for jobs that run when they are not waited for any more.
+# It is asked for jobs that run when they are not waited for any more, and for levels that it need not know.
+HARMLESS = {(part, mode) for mode in WRONG for part in ("queue", "guidance_interval")}
 
 
 @pytest.mark.parametrize("mode", WRONG)
-@pytest.mark.parametrize("part", ["object_info", "prompt", "history", "view", "ws", "queue"])
+@pytest.mark.parametrize("part", ["object_info", "guidance_interval", "prompt", "history", "view", "ws", "queue"])
 def test_comfyui_answers_wrongly(server, workflow, capsys, part, mode):
     server.broken[part], begin = WRONG[mode], time.monotonic()
     images, said = render_comfy(server, workflow)
@@ -111,7 +107,7 @@ def test_what_is_no_image_to_use(server, workflow, capsys, name):
 
 
 def of_job(kind, node=None):
-    return json.dumps({"type": kind, "data": {"prompt_id": "job-3", "node": node}}).encode()
+    return json.dumps({"type": kind, "data": {"prompt_id": "job-1", "node": node}}).encode()
 
 
 FRAMES = {  # What is sent over a WebSocket, and whether images come all the same: they are asked for, too.
@@ -169,7 +165,7 @@ def test_a_part_that_fails_now_and_then_costs_nothing(server, workflow, capsys):
     server.broken["view"] = view
     images, said = render_comfy(server, workflow, count=6)
     assert said is None and sorted(i for i, _ in images) == [*range(6)]
-    assert "is left out for now" in capsys.readouterr().err
+    assert "is skipped for now" in capsys.readouterr().err
 
 
 def test_the_others_go_on_without_one_that_is_out_for_good(server, workflow, capsys, tmp_path):
@@ -207,67 +203,7 @@ def test_one_that_comes_back_is_used_again(server, workflow, capsys, monkeypatch
     server.broken["view"] = view
     images, said = render_comfy(server, workflow)
     err = capsys.readouterr().err
-    assert said is None and len(images) == 3 and "is left out for now" in err and "is back" in err
-
-
-# ----------------------------------------------------------------------------
-# Which noise levels an image goes through.
-
-
-@pytest.fixture
-def two_passes(server, tmp_path):
-    """A workflow of two samplers, on a server that can tell a schedule."""
-    two = declared(["LATENT"], model="MODEL", positive="CONDITIONING", seed="INT", cfg="FLOAT", latent="LATENT")
-    told_of = {"KSampler": two,
-               "BasicScheduler": declared(["SIGMAS"]), "PreviewAny": declared([], True),
-               "GuidanceIntervalSchedule": declared(["IMAGE", "STRING"])}  # fmt: skip
-    server.broken["object_info"] = told(INFO | told_of)
-    first = GRAPH["3"]["inputs"] | {"scheduler": "karras", "steps": 3}
-    second = first | {"latent": ["3", 0], "denoise": 0.5}
-    graph = GRAPH | {
-        "3": {"class_type": "KSampler", "inputs": first},
-        "6": {"class_type": "KSampler", "inputs": second},
-        "4": {"class_type": "Decode", "inputs": {"samples": ["6", 0]}},
-    }
-    (tmp_path / "two.json").write_text(json.dumps(graph))
-    return tmp_path / "two.json"
-
-
-def table_of(*levels):
-    return {"text": ["a head\n" + "\n".join(f"{i} {sigma} {sigma} yes" for i, sigma in enumerate(levels))]}
-
-
-def test_of_two_passes_all_levels_are_counted_and_told(server, two_passes):
-    server.broken["history"] = history(
-        outputs={"probe-0-table": table_of("inf", 8.0, 2.0), "probe-1-table": table_of(4.0, 1.0, 0.5)}
-    )
-    with contextlib.closing(comfyui.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
-        assert backend.sigmas.tolist() == [float("inf"), 8.0, 4.0, 2.0, 1.0, 0.5]
-        assert "  node 3 (KSampler) goes through 3 steps, sigma inf to 2" in backend.describe()
-        assert "  node 6 (KSampler) goes through 3 steps, sigma 4 to 0.5" in backend.describe()
-        setting, ranges = Setting(0.9, 5.0, 7.0), study.space(backend)
-        start, end, _ = sampler.coordinates(setting, ranges, backend.sigmas)
-        assert setting.rows(backend.sigmas) == 9 == pytest.approx(6 * (1 + end - start))  # As the search predicts them.
-
-
-@pytest.mark.parametrize("outputs", [
-    {}, {"probe-0-table": None}, {"probe-0-table": {"text": 3}}, {"probe-0-table": {"text": [1]}},
-    {"probe-0-table": {"text": ["no table \x1b[2J"]}, "probe-1-table": table_of(1.0)},
-    {"probe-0-table": table_of("x", 1), "probe-1-table": table_of(1.0)}, {"probe-0-table": table_of("nan", -1)},
-])  # fmt: skip
-def test_a_schedule_that_is_not_told_costs_no_study(server, two_passes, capsys, outputs):
-    server.broken["history"] = history(outputs=outputs)
-    with contextlib.closing(comfyui.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
-        assert backend.sigmas is None
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("note: the schedule cannot be told (") and line.isprintable()
-
-
-@pytest.mark.parametrize("level", ["inf", 0.0])
-def test_a_schedule_without_a_level_to_bound_is_none(server, two_passes, level):
-    server.broken["history"] = history(outputs={f"probe-{i}-table": table_of(level) for i in (0, 1)})
-    with contextlib.closing(comfyui.Comfy(two_passes, [server.url], limits=SMALL)) as backend:
-        assert backend.sigmas is None and study.space(backend)
+    assert said is None and len(images) == 3 and "is skipped for now" in err and "is back" in err
 
 
 def test_a_server_that_was_never_reached_is_told(workflow):

@@ -113,6 +113,7 @@ def test_a_web_ui_that_goes_away_is_waited_for(web_ui, monkeypatch):
         return original(job)
 
     monkeypatch.setattr(backend, "_image", render)
+    monkeypatch.setattr(webui, "FAILURES", 3)
     assert len(list(backend.render([Job(CONDITIONAL, "a", 1)]))) == 1
     monkeypatch.setattr(backend, "_image", lambda _: (_ for _ in ()).throw(webui.Gone("no")))
     monkeypatch.setattr(backend, "_is_there", lambda: False)
