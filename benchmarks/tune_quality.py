@@ -10,10 +10,10 @@ best within the bound is decided by less than its standard error, so those that 
 images, and at weights between. It gives the true values of any setting: those of the same guided steps, between the
 weights by monotone cubics in the logarithm of the weight.
 
-Search: the area (hypervolume) that a study's settings dominate, by their true values and up to CFG as it was, over
+Search: the area (hypervolume) that a study's settings dominate, by their true values and up to the baseline's, over
 that of the dense sweep: of all that it tried, of the front that it reports, and of the three that it confirms. Each
 sampler has the same budget.
-Confirmation: how many confirmed 95 % intervals of a difference hold the true one, which is rendered anew, densely,
+Confirmation: how many 95% confidence intervals of a difference contain the true one, which is rendered anew, densely,
 for just these settings.
 """
 
@@ -339,9 +339,9 @@ def main():
         "# The tuner against a dense sweep\n\n"
         f"Written by `benchmarks/tune_quality.py`: studies of the emoji model, {args.trials} trials of {args.images} "
         "images. *Tried*, *front* and *best three*: the share of the dense sweep's hypervolume that all settings of a "
-        "study, those on its front, or those that it confirms have by their true values, on the mean of the seeds. "
-        "*Held*: confirmed 95 % intervals with the true value in them. *Bias*: how much too high the value of a "
-        "confirmed setting was, on the mean.\n\n"
+        "study, those on its front, or those that it confirms have by their true values, on average over the seeds. "
+        "*Held*: 95% confidence intervals with the true value in them. *Bias*: how much too high the value of a "
+        "confirmed setting was, on average.\n\n"
     )
     text += search_table(args, truth, made, errors, found)
     print(text, flush=True)

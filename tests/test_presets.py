@@ -287,7 +287,7 @@ def test_reading_needs_no_package_beside_torch_and_numpy():
 # What the tuner has saved.
 
 MEASURED = {"model": 'my "XL".json', "sigma_lo": 0.5, "sigma_hi": math.inf, "weight": 9.0, "weight_everywhere": 7.0,
-         "study": "s", "date": "2026-01-02", "objective": "least rows", "said": "rows lower (-7)",
+         "study": "s", "date": "2026-01-02", "objective": "minimize NFE", "said": "NFE lower (-7)",
          "difference": {"rows": [-7.0, -7.0, -7.0]}}  # fmt: skip
 
 
@@ -302,7 +302,7 @@ def test_presets_of_ones_own_come_after_the_published_ones_and_are_marked():
         9.0,
         'my "XL".json',
     )
-    assert mine.source == "measured by you: study 's', 2026-01-02, rows lower (-7)"
+    assert mine.source == "measured by you: study 's', 2026-01-02, NFE lower (-7)"
     presets.save_mine("mine", MEASURED | {"weight": 8.0})
     assert presets.get_preset("mine").weight == 8.0 and presets.get_preset("été 2").sigma_hi == 4.0
     assert "rows = [-7.0, -7.0, -7.0]" in file.read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 Few images leave open what a setting is worth and where the bound lies. A Gaussian process for each metric, which knows
 the standard errors, tells what may be true. In each draw of it the front is another one; the next setting is the one
-that adds most to its area on the mean of the draws. This is the noisy expected hypervolume improvement of Daulton,
+that adds most to its area, on average over the draws. This is the noisy expected hypervolume improvement of Daulton,
 Balandat and Bakshy (NeurIPS 2021, arXiv 2105.08195), with a bound, over settings drawn at random.
 """
 

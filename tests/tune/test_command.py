@@ -147,15 +147,15 @@ def test_conditional_only_is_no_preset_which_would_be_cfg_everywhere(capsys):
     assert not presets.my_file().exists()
     command._save(found, "mine", "best-2")
     assert presets.get_preset("mine").interval() == Setting(0.5, 4.0, 9.0).interval
-    with pytest.raises(UserError, match="the study confirmed no 'best-3'; there is best-1, best-2"):
+    with pytest.raises(UserError, match="unknown ID: 'best-3'; the study confirmed best-1, best-2"):
         command._save(found, "mine", "best-3")
 
 
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        ("mine=best-9", r"--save 'mine=best-9': a study confirms best-1, best-2, best-3, and no 'best-9'"),
-        ("mine=baseline", "and no 'baseline'"),
+        ("mine=best-9", r"--save 'mine=best-9': unknown ID: 'best-9'; a study confirms best-1, best-2, best-3"),
+        ("mine=baseline", "unknown ID: 'baseline'"),
         ("mine", r"FILE' cannot be written to .it is a file.; set GUIDANCE_INTERVAL_PRESETS"),
         ("mine", r"FOLDER' cannot be read .it is no file"),
         ("mine", r"BROKEN' cannot be read .*put it right"),
@@ -189,7 +189,7 @@ def test_what_could_not_be_saved_is_told_before_the_work(save, message, tmp_path
         (["--model", "emoji", "--prompts", "EMPTY"], "holds no prompt; write one on each line"),
         (["--model", "emoji", "--prompts", "NONE"], "cannot be read .No such file"),
         (["--model", "emoji", "--prompts", "BINARY"], "is not text in UTF-8"),
-        (["--model", "emoji", "--prompts", "CATS"], "the emoji model knows no 'a cat'"),
+        (["--model", "emoji", "--prompts", "CATS"], "unknown prompt: 'a cat'; the emoji model has"),
         (["--model", "emoji", "--save", "sdxl"], "--save 'sdxl' is a published one"),
         (["--model", "emoji", "--reference", "x"], "--reference 'x': with --model emoji it is `emoji`"),
         (["--model", "emoji", "--storage", "nonsense"], "storage 'nonsense' cannot be used"),
@@ -216,5 +216,5 @@ def test_the_emoji_need_no_network_and_dry_run_renders_no_file(tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["tune", "--model", "emoji", "--dry-run", "--reference", "emoji"]) == 0
     out = capsys.readouterr().out
-    assert "least rows and distance" in out and re.search(r"at most 3,200 images, about [\d.]+ (s|min|h) at", out)
+    assert "minimize NFE and distance" in out and re.search(r"at most 3,200 images, about [\d.]+ (s|min|h) at", out)
     assert not list(tmp_path.iterdir())

@@ -122,7 +122,7 @@ def test_a_study_begins_with_what_all_is_compared_with_and_ends_with_its_trials(
     search = make_search(tmp_path)
     complete = search.run()
     labels = [t.user_attrs.get("label") for t in complete]
-    assert labels[:3] == ["CFG as it was", "conditional only", "preset sdxl"] and len(complete) == 8
+    assert labels[:3] == ["baseline", "conditional only", "preset sdxl"] and len(complete) == 8
     assert settings_of(complete)[:2] == [(0.0, None, 4.0), (0.0, None, 1.0)]
     assert len(set(settings_of(complete))) == 8
     assert [objectives.num_blocks(t.user_attrs["measured"]) for t in complete[:2]] == [16, 16]
@@ -249,7 +249,7 @@ def test_a_refusal_costs_the_trial_and_is_told_in_the_hosts_words(tmp_path):
 
 
 def test_without_a_baseline_the_command_ends_and_goes_on_when_it_can_be_rendered(tmp_path):
-    with pytest.raises(UserError, match="CFG as it was cannot be rendered: CUDA out of memory"):
+    with pytest.raises(UserError, match="the baseline cannot be rendered: CUDA out of memory"):
         make_search(tmp_path, Painter(refuses=lambda s: s.weight == 4)).run()
     assert len(make_search(tmp_path).run()) == 7  # The refusal was one of the 8.
 
@@ -278,7 +278,10 @@ def test_ctrl_c_keeps_what_is_done_and_the_trial_is_taken_up(tmp_path):
     [
         ({"images": 8}, "--images 16, not 8"),
         ({"prompts": PROMPTS[:10]}, "other prompts"),
-        ({"judge": Eye(reference=torch.ones(3, 2))}, "objective .least rows, most variety.*, not .least rows and dist"),
+        (
+            {"judge": Eye(reference=torch.ones(3, 2))},
+            "objective .minimize NFE, maximize variety.*, not .minimize NFE and dist",
+        ),
         ({"judge": type("Other", (Eye,), {"identity": "other"})()}, "judge 'eye', not 'other'"),
         ({"backend": type("Other", (Painter,), {"source": "other.json"})()}, "source 'painter', not 'other.json'"),
     ],

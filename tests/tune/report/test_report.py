@@ -129,6 +129,17 @@ def test_both_languages_are_complete():
     assert [k for k in unused if not k.startswith(("label.", "yes", "no"))] == []
 
 
+def test_studies_of_earlier_versions_are_told_in_the_same_words():
+    en, ja = (json.loads((PAGE / f"{name}.json").read_text(encoding="utf-8")) for name in report.LANGUAGES)
+    for strings in (en, ja):
+        assert strings["label.CFG as it was"] == strings["label.baseline"]
+    for old, new in (
+        ("Network rows an image", "Network evaluations per image"),
+        ("Seconds an image", "Seconds per image"),
+    ):
+        assert ja[f"name.{old}"] == ja[f"name.{new}"]
+
+
 def test_large_images_become_jpegs_within_the_budget(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (6, 400, 300, 3), dtype=np.uint8)
     paths = [tmp_path / f"{i}.png" for i in range(6)]
