@@ -1,13 +1,11 @@
-"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure`, `tune`, `train` and `info`."""
+"""The command `guidance-interval`: `demo`, `sweep`, `results`, `measure`, `tune`, `report`, `train` and `info`."""
 
 import argparse
 import contextlib
 import errno
 import math
 import os
-import stat
 import sys
-import urllib.parse
 import warnings
 from pathlib import Path
 
@@ -18,12 +16,12 @@ from .errors import UserError, told, user_input
 from .sampler_patch import GuidanceInterval
 from .toy.data import DATA
 from .toy.sampling import MAX_SEED
+from .tune import LANGUAGES
 
 # What the machine refuses, wherever it shows: a full disk and the like.
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 MAX_SAMPLES = 100_000  # Variety compares all pairs of a class.
 MAX_STEPS = 10_000
-MAX_TEXT = 2**26  # Bytes of a file that is read as a whole.
 
 
 def main(argv=None):
@@ -226,7 +224,7 @@ def parser():
         help="digits, inception, dinov2 or clip; PATH: weights that are not where their library keeps them",
     )
     measure.add_argument(
-        "--prompts", type=text_file, metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image"
+        "--prompts", type=path, metavar="FILE", help="JSON {name: prompt} for the CLIP score; else .txt by image"
     )
     measure.add_argument("--out", type=path, default="out/measure", help="folder for report.json and the picture")
     measure.add_argument(
@@ -244,12 +242,12 @@ def parser():
         "  guidance-interval tune workflow.json --prompts prompts.txt --save mine\n\ndocs/tuning.md walks through it.",
     )
     tune.add_argument(
-        "source", nargs="?", metavar="WORKFLOW", action="store", type=text_file,
+        "source", nargs="?", metavar="WORKFLOW", action="store", type=path,
         help="of ComfyUI: exported for the API (.json), or an image that ComfyUI saved (.png); with --a1111 an "
         "image that it saved, for its parameters",
     )  # fmt: skip
     tune.add_argument(
-        "--server", action="append", metavar="URL", type=address,
+        "--server", action="append", metavar="URL", type=path,
         help="a ComfyUI that runs the workflow, once for each (default: http://127.0.0.1:8188)",
     )  # fmt: skip
     tune.add_argument(
@@ -257,15 +255,16 @@ def parser():
         help="of a workflow that saves several images, the node whose image is judged (default: the last one)",
     )  # fmt: skip
     tune.add_argument(
-        "--a1111", metavar="URL", type=address, help="tune what an Automatic1111 or Forge has loaded instead"
+        "--a1111", metavar="URL", type=path, help="tune what an Automatic1111 or Forge has loaded instead"
     )
     tune.add_argument("--model", choices=["emoji"], help="tune the model that ships instead: offline, in minutes")
-    tune.add_argument("--prompts", type=text_file, metavar="FILE", help="one prompt on a line, 8 or more")
+    tune.add_argument("--prompts", type=path, metavar="FILE", help="one prompt on a line, 8 or more")
     tune.add_argument("--trials", type=count(4, 10_000), default=40, help="settings to try")
-    tune.add_argument("--images", type=count(4, 10_000), default=64, help="images a trial may have; it begins with 16")
+    tune.add_argument("--images", type=count(4, 10_000), default=64, help="images per trial; it begins with 16")
     tune.add_argument(
         "--reference", type=path, metavar="DIR",
-        help="images to come close to: least distance (CMMD) instead of most variety; with --model emoji also `emoji`",
+        help="images to come close to: minimize the distance (CMMD) instead of maximizing variety; with --model emoji "
+        "also `emoji`",
     )  # fmt: skip
     tune.add_argument("--storage", type=database, metavar="URL", help="a database that several machines share")
     tune.add_argument("--name", type=path, help="of the study; the same on all machines (default: the source's)")
@@ -275,10 +274,19 @@ def parser():
     tune.add_argument(
         "--save", type=path, metavar="NAME[=ID]", help="keep the best, or the one of that ID, as a preset of yours"
     )
-    tune.add_argument("--language", choices=("en", "ja"), default="en", help="of the report")
+    tune.add_argument("--language", choices=LANGUAGES, default="en", help="of the report")
     tune.add_argument("--device", type=device, default="cpu", help="where images are judged: cpu, cuda, ...")
     tune.add_argument("--clip", type=path, metavar="DIR", help="CLIP's weights, where they are not in the hub's cache")
     tune.set_defaults(run=run_tune, extra="tune", interrupted=again)
+
+    report = commands.add_parser(
+        "report", help="write the report of a study again, from what `tune` left in its folder"
+    )
+    report.add_argument(
+        "folder", metavar="FOLDER", action="store", type=path, help="the --out folder of a `tune` that has ended"
+    )
+    report.add_argument("--language", choices=LANGUAGES, default="en", help="in which the page opens; it holds both")
+    report.set_defaults(run=run_report, extra="tune", interrupted="the report is as it was")
 
     train = commands.add_parser("train", help="train a model like those that ship, for `sweep --model`")
     train.add_argument("--data", choices=[*DATA, "emoji"], default="digits", help="what it learns")
@@ -360,26 +368,6 @@ def path(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return text
-
-
-def text_file(text):
-    """An argparse type: a path, but not of what would be read for ever, such as a pipe."""
-    with contextlib.suppress(OSError, ValueError):  # What is not there is told where it is opened.
-        found = os.stat(path(text))
-        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-            raise argparse.ArgumentTypeError(f"{text!r} is a pipe or a device, not a file")
-        if found.st_size > MAX_TEXT:
-            raise argparse.ArgumentTypeError(f"{text!r} has {found.st_size:,} bytes, more than {MAX_TEXT:,}")
-    return path(text)
-
-
-def address(text):
-    """An argparse type: a URL, as far as that can be told without asking it."""
-    try:
-        urllib.parse.urlsplit(text if "//" in text else f"http://{text}").port  # noqa: B018
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an address; give one like http://127.0.0.1:8188") from e
-    return path(text)
 
 
 def database(text):
@@ -490,6 +478,12 @@ def run_tune(args):
         save=args.save,
         language=args.language,
     )
+
+
+def run_report(args):
+    from .tune.report.report import write_report
+
+    print(f"wrote {write_report(args.folder, args.language)}")
 
 
 def run_train(args):

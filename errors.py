@@ -6,6 +6,7 @@ import reprlib
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
+_SECRET = re.compile(r"(?<=://)(?:[^/@:]*:.*|[^/@]+)@")  # Name and password of an address, whatever is in them.
 MOST = 1000  # Characters of an error that is told.
 
 
@@ -22,7 +23,7 @@ def told(error, given=()):
     """
     text = str(error)
     for value in [part for typed in given for part in (typed, typed.partition("=")[2])]:
-        for secret in re.findall(r"(?<=://).+@", value):
+        for secret in _SECRET.findall(value):
             text, value = text.replace(secret, ""), value.replace(secret, "")
         if len(value) > _short.maxstring:
             text = text.replace(repr(value), quoted(value)).replace(value, quoted(value)[1:-1])
@@ -55,4 +56,4 @@ def plain(text, most=500):
 
 def without_password(url):
     """A URL as it may be shown."""
-    return re.sub(r"(?<=://)[^/@]*:[^/@]*@", "…@", plain(url))
+    return _SECRET.sub("…@", plain(url))

@@ -1,4 +1,4 @@
-"""What the commands write: files that appear whole or not at all, and tables that read well in a terminal too."""
+"""What the commands read and write: whole files, or none at all; and tables that read well in a terminal too."""
 
 import contextlib
 import io
@@ -13,6 +13,23 @@ try:
     import fcntl
 except ImportError:  # Windows: there, two processes are not kept apart.
     fcntl = None  # type: ignore[assignment]
+
+
+LARGEST = 256 * 2**20  # Bytes of a file that is read as a whole.
+
+
+def content_of(path, what, most=LARGEST):
+    """The bytes of a file that is given; raises UserError, naming it, for what is none, and what is too large."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{what} {str(path)!r} is not a file")
+        if (size := os.path.getsize(path)) > most:
+            raise UserError(f"{what} {str(path)!r} is too large ({size / 2**20:.0f} MB, at most {most / 2**20:.0f})")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{what} {str(path)!r} cannot be read ({getattr(e, 'strerror', None) or e})") from e
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ DEMO_MODEL_NODE = "GuidanceIntervalDemoModel"
 DEMO_PROMPT_NODE = "GuidanceIntervalDemoPrompt"
 PATCH_NODES = (SIGMA_NODE, PERCENT_NODE, STEPS_NODE, PRESET_NODE)
 LIMITING_NODES = (*PATCH_NODES, GUIDER_NODE)
+# Where its server is asked what a prompt's run will be.
+FORECAST_PATH = "/guidance_interval/forecast"
 
 # Of a bound: models are trained from about 0.002 up; 1e6 is t = 1 - 1e-6 of flow matching.
 SMALLEST, LARGEST = 1e-9, 1e6

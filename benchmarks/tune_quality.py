@@ -10,10 +10,10 @@ best within the bound is decided by less than its standard error, so those that 
 images, and at weights between. It gives the true values of any setting: those of the same guided steps, between the
 weights by monotone cubics in the logarithm of the weight.
 
-Search: the area (hypervolume) that a study's settings dominate, by their true values and up to CFG as it was, over
+Search: the area (hypervolume) that a study's settings dominate, by their true values and up to the baseline's, over
 that of the dense sweep: of all that it tried, of the front that it reports, and of the three that it confirms. Each
 sampler has the same budget.
-Confirmation: how many confirmed 95 % intervals of a difference hold the true one, which is rendered anew, densely,
+Confirmation: how many 95% confidence intervals of a difference contain the true one, which is rendered anew, densely,
 for just these settings.
 """
 
@@ -28,9 +28,11 @@ import optuna
 import torch
 from guidance_interval.files import aligned, atomic_path
 from guidance_interval.lab import workers
-from guidance_interval.tune import confirm, emoji, objectives, study
-from guidance_interval.tune.backends import Job, Setting, everywhere
+from guidance_interval.tune import confirm, objectives, study
+from guidance_interval.tune.judges.emoji import EmojiJudge
 from guidance_interval.tune.objectives import SEEDS
+from guidance_interval.tune.servers import toy
+from guidance_interval.tune.servers.backend import Job, Setting, everywhere
 from guidance_interval.tune.view import Quiet
 from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
@@ -41,7 +43,7 @@ BATCH = 1024
 NEAR = 0.4  # Of the dense sweep's area: what a setting that is rendered again has at least on its own.
 OURS = "ehvi"  # The sampler whose studies are confirmed: that of the tuner.
 # Keys (first and last guided step, weight) of the dense sweep.
-CONDITIONAL_CELL, BASELINE_CELL = (-1, -1, 1.0), (0, emoji.STEPS - 1, emoji.Emoji.weight)
+CONDITIONAL_CELL, BASELINE_CELL = (-1, -1, 1.0), (0, toy.STEPS - 1, toy.Emoji.weight)
 
 
 # ----------------------------------------------------------------------------
@@ -53,7 +55,7 @@ def measure_densely(setting, groups, classes=None, before=0):
 
     before: the blocks of each prompt that were rendered already; these have other seeds.
     """
-    backend, judge = emoji.Emoji(workers.device()), emoji.EmojiJudge(workers.device())
+    backend, judge = toy.Emoji(workers.device()), EmojiJudge(workers.device())
     prompts = backend.prompts[:: len(backend.prompts) // (classes or len(backend.prompts))]
     first = FIRST_SEED + before * len(prompts) * SEEDS
     blocks = enumerate(prompts * groups)
@@ -71,7 +73,7 @@ def measure_densely(setting, groups, classes=None, before=0):
 
 def run_study(seed, sampler, trials, images, confirms):
     """One study: its trials, and what was confirmed."""
-    backend, judge = emoji.Emoji(workers.device()), emoji.EmojiJudge(workers.device())
+    backend, judge = toy.Emoji(workers.device()), EmojiJudge(workers.device())
     with tempfile.TemporaryDirectory() as out:
         plan = study.make_plan("quality", backend.prompts, trials, images, seed)
         search = study.Search(plan, backend, judge, optuna.storages.InMemoryStorage(), out, Quiet(), sampler)
@@ -134,13 +136,13 @@ class Truth:
 
     @property
     def baseline(self):
-        return self(everywhere(emoji.Emoji.weight))
+        return self(everywhere(toy.Emoji.weight))
 
     def area(self, settings):
         """What these dominate by their true values, up to the baseline, of those within the bound."""
         rows, variety, adherence = self.baseline
         points = [self(s) for s in settings]
-        kept = [(r, -v) for r, v, a in points if a >= adherence - emoji.EmojiJudge.margin]
+        kept = [(r, -v) for r, v, a in points if a >= adherence - EmojiJudge.margin]
         return objectives.hypervolume(kept, (rows, -variety))
 
 
@@ -159,7 +161,7 @@ def dense(args):
     """`(Truth, what it is made of, {key: standard error of its adherence})` of dense.npz, `keys` [cells, 3], `rows`
     [cells], `adherence` and `variety` [cells, blocks], and of refined/, adherence and variety [2, blocks] each."""
     file = args.out / "dense.npz"
-    sigmas = emoji.Emoji().sigmas.tolist()
+    sigmas = toy.Emoji().sigmas.tolist()
     if not file.exists():
         steps = range(len(sigmas))
         cells = {(a, b, w): steps_setting(sigmas, a, b, w) for a in steps for b in steps if a <= b for w in WEIGHTS}
@@ -197,8 +199,7 @@ def refine(args, truth, errors):
     near = [
         key
         for key, (r, v, a) in truth.cells.items()
-        if max(rows - r, 0) * max(v - variety, 0) >= least
-        and a - adherence + 3 * errors[key] >= -emoji.EmojiJudge.margin
+        if max(rows - r, 0) * max(v - variety, 0) >= least and a - adherence + 3 * errors[key] >= -EmojiJudge.margin
     ]
     wanted = {BASELINE_CELL, *near}
     for first, last, weight in near:  # And between.
@@ -242,7 +243,7 @@ def studies(args):
 
 def search_table(args, truth, made, errors, found):
     whole = truth.area(truth.settings())
-    bound = truth.baseline[2] - emoji.EmojiJudge.margin
+    bound = truth.baseline[2] - EmojiJudge.margin
     head = ["search", "images", "tried", "front", "best three", "of these within the bound", "tried >= 95 %"]
     body, detail = [], {}
     for name in args.samplers:
@@ -269,7 +270,7 @@ def search_table(args, truth, made, errors, found):
 def best_of(truth, errors):
     """What the front of the dense sweep is, by name."""
     rows, variety, adherence = truth.baseline
-    within = {k: v for k, v in truth.cells.items() if v[2] >= adherence - emoji.EmojiJudge.margin}
+    within = {k: v for k, v in truth.cells.items() if v[2] >= adherence - EmojiJudge.margin}
     keys = list(within)
     front = [keys[i] for i in objectives.front([(r, -v) for r, v, _ in within.values()])]
     told = [
@@ -282,7 +283,7 @@ def best_of(truth, errors):
 
 
 def coverage_table(args, found):
-    settings = {"baseline": everywhere(emoji.Emoji.weight)}
+    settings = {"baseline": everywhere(toy.Emoji.weight)}
     chosen = {}
     for seed in range(args.studies):
         for place, c in enumerate(found[f"{OURS} {seed}"]["confirmed"], 1):
@@ -338,9 +339,9 @@ def main():
         "# The tuner against a dense sweep\n\n"
         f"Written by `benchmarks/tune_quality.py`: studies of the emoji model, {args.trials} trials of {args.images} "
         "images. *Tried*, *front* and *best three*: the share of the dense sweep's hypervolume that all settings of a "
-        "study, those on its front, or those that it confirms have by their true values, on the mean of the seeds. "
-        "*Held*: confirmed 95 % intervals with the true value in them. *Bias*: how much too high the value of a "
-        "confirmed setting was, on the mean.\n\n"
+        "study, those on its front, or those that it confirms have by their true values, on average over the seeds. "
+        "*Held*: 95% confidence intervals with the true value in them. *Bias*: how much too high the value of a "
+        "confirmed setting was, on average.\n\n"
     )
     text += search_table(args, truth, made, errors, found)
     print(text, flush=True)

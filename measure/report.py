@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 
 from .. import __version__
 from ..errors import UserError
-from ..files import atomic_path, output_folder, printed
+from ..files import atomic_path, content_of, output_folder, printed
 from . import metrics
 from .features import Pixels
 from .folder import CORRUPT, FORMAT, SUFFIXES, UNREADABLE, Folder, Rows, decode, first_line
@@ -176,10 +176,9 @@ def _read_prompts(path, extractors, folders):
         return {}
     if not any(e.name == "clip" for e in extractors):
         raise UserError("--prompts has no effect without --features clip; add clip, or leave --prompts out")
+    content = content_of(path, "prompts")
     try:
-        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"prompts {str(path)!r} cannot be read ({e.strerror})") from e
+        prompts = json.loads(content.decode())
     except (ValueError, RecursionError) as e:  # Of JSON, or of the encoding.
         raise UserError(f"prompts {str(path)!r} is not JSON in UTF-8 ({first_line(e)}); write {PROMPTS}") from e
     if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):

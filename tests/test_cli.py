@@ -155,6 +155,7 @@ TABLE = {
         "--lr": {v: f"{v!r} is not a number above 0" for v in ("", "x", "nan", "inf", "0", "-1e-3")},
         "--classifier": EMPTY | MODEL_FILE,
     },
+    "report": {"--language": {v: "invalid choice" for v in ("", "fr", "EN")}},
     "info": {
         "--steps": STEPS,
         "--scheduler": {v: "invalid choice" for v in ("", "Karras", "linear")},
@@ -212,11 +213,13 @@ BEGUN = {
     "results": ["--quick", "--out=results"],
     "measure": ["--images=images", "--reference=reference", "--features=digits"],
     "tune": ["--model=emoji"],
+    "report": [],
     "train": ["--device=cpu"],
     "info": [],
 }
 ALSO = {
     "tune ": ["--prompts=words.txt"],
+    "report --language": ["folder"],
     "tune --server": ["w.json", "--prompts=words.txt"],
     "tune --a1111": ["images/0.png", "--prompts=words.txt"],
     "train --images": ["--data=emoji"],

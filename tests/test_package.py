@@ -62,7 +62,8 @@ def test_all_that_is_imported_is_packed(wheel, sdist, tmp_path, dangling_imports
     zipfile.ZipFile(wheel).extractall(tmp_path)
     assert dangling_imports(tmp_path / "guidance_interval") == []
     assert dangling_imports(sdist) == []
-    assert {p.name for p in (sdist / "tune" / "page").iterdir()} == {p.name for p in (ROOT / "tune" / "page").iterdir()}
+    page = Path("tune", "report", "page")
+    assert {p.name for p in (sdist / page).iterdir()} == {p.name for p in (ROOT / page).iterdir()}
 
 
 def test_an_import_that_leads_nowhere_is_found(tmp_path, dangling_imports):
@@ -76,7 +77,8 @@ def test_the_wheel_holds_the_package_the_model_and_the_command(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("__init__.py", "sampler_patch.py", "cli.py", "lab/demo.py", "toy/digits.safetensors"):
         assert f"guidance_interval/{name}" in names
-    assert {f"guidance_interval/tune/page/{p.name}" for p in (ROOT / "tune" / "page").iterdir()} < set(names)
+    page = "tune/report/page"
+    assert {f"guidance_interval/{page}/{p.name}" for p in (ROOT / page).iterdir()} < set(names)
     assert not [n for n in names if n.startswith(("tests", "lab/", "guidance_interval/tests", "benchmarks"))]
     entry = [n for n in names if n.endswith("entry_points.txt")]
     assert "guidance-interval = guidance_interval.cli:main" in zipfile.ZipFile(wheel).read(entry[0]).decode()

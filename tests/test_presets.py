@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 import pytest
-from guidance_interval import PRESETS, get_preset, noise_level, presets
+from guidance_interval import PRESETS, GuidanceInterval, cli, get_preset, noise_level, presets
 from guidance_interval.errors import UserError
 from k_diffusion.sampling import get_sigmas_karras
 
@@ -198,7 +198,8 @@ def test_names_are_one_name_in_any_case():
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", "a/b", "x" * 61, "\x1b[31m", "a\n", "\u202eevil", "a  b", "mine (measured by you)"]
+    "name",
+    ["", " ", " a", "a/b", "a=b", "[x]", "x" * 61, "\x1b[31m", "a\n", "\u202eevil", "a  b", "mine (measured by you)"],
 )
 def test_names_that_cannot_be(name):
     with pytest.raises(UserError, match=r"^--save .* is no name for a preset") as e:
@@ -280,3 +281,81 @@ def test_reading_needs_no_package_beside_torch_and_numpy():
         "from guidance_interval import get_preset\nassert get_preset('mine').weight == 9\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ----------------------------------------------------------------------------
+# What the tuner has saved.
+
+MEASURED = {"model": 'my "XL".json', "sigma_lo": 0.5, "sigma_hi": math.inf, "weight": 9.0, "weight_everywhere": 7.0,
+         "study": "s", "date": "2026-01-02", "objective": "minimize NFE", "said": "NFE lower (-7)",
+         "difference": {"rows": [-7.0, -7.0, -7.0]}}  # fmt: skip
+
+
+def test_presets_of_ones_own_come_after_the_published_ones_and_are_marked():
+    assert presets.all_presets() == presets.PRESETS
+    file = presets.save_mine("mine", MEASURED)
+    presets.save_mine("été 2", MEASURED | {"sigma_hi": 4.0})
+    assert list(presets.all_presets()) == [*presets.PRESETS, "mine (measured by you)", "été 2 (measured by you)"]
+    mine = presets.get_preset("mine")
+    assert mine == presets.get_preset("MINE (measured by you)")
+    assert mine.interval() == GuidanceInterval(0.5, math.inf) and (mine.weight, mine.model) == (
+        9.0,
+        'my "XL".json',
+    )
+    assert mine.source == "measured by you: study 's', 2026-01-02, NFE lower (-7)"
+    presets.save_mine("mine", MEASURED | {"weight": 8.0})
+    assert presets.get_preset("mine").weight == 8.0 and presets.get_preset("été 2").sigma_hi == 4.0
+    assert "rows = [-7.0, -7.0, -7.0]" in file.read_text(encoding="utf-8")
+
+
+def test_a_presets_file_that_is_broken_stops_no_host_and_is_not_overwritten(caplog, tmp_path):
+    file = presets.my_file()
+    for content in (
+        "[mine",
+        '["mine"]\n"sigma_lo" = 1.0\n',
+        '["mine"]\n"model" = "a"\n"sigma_lo" = 5\n"sigma_hi" = 1\n',
+    ):
+        file.write_text(content)
+        assert presets.all_presets() == presets.PRESETS
+        assert str(file) in caplog.text
+    file.write_text("[mine")
+    with pytest.raises(UserError, match=r"presets.toml' cannot be read .*put it right"):
+        presets.save_mine("other", MEASURED)
+    assert file.read_text() == "[mine"
+
+
+def test_without_a_reader_of_toml_the_published_ones_are_there(monkeypatch):
+    presets.save_mine("mine", MEASURED)
+    monkeypatch.setattr(presets, "tomllib", None)
+    assert presets.all_presets() == presets.PRESETS
+    with pytest.raises(UserError, match="pip install tomli"):
+        presets.check_name("mine")
+
+
+def test_looking_whether_a_preset_can_be_saved_leaves_the_file_as_it_is():
+    presets.check_writable()
+    assert not presets.my_file().exists()
+    file = presets.save_mine("mine", MEASURED)
+    before = file.read_bytes()
+    presets.check_writable()
+    assert file.read_bytes() == before
+
+
+def test_the_accordion_lists_them():
+    presets.save_mine("mine", MEASURED)
+    code = (
+        "from guidance_interval.a1111 import settings as st\n"
+        "assert st.PRESET_NAMES[-3] == 'mine (measured by you)', st.PRESET_NAMES\n"
+        "for name in ('mine', 'mine (measured by you)'):\n"
+        "    interval = st.from_controls(name, 0, 1, 'Both passes').interval\n"
+        "    assert (interval.sigma_lo, interval.sigma_hi) == (0.5, float('inf'))\n"
+        "assert st.apply_axes({'preset': 'Mine (measured by you)'}, st.Settings(None)).interval == interval\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_info_tells_the_file(capsys):
+    presets.save_mine("mine", MEASURED)
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert str(presets.my_file()) in out and "measured by you: study 's'" in out

@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 
 from ..errors import UserError, plain, quoted
-from ..files import aligned, output_folder, printed, sole_use
+from ..files import aligned, content_of, output_folder, printed, sole_use
 from ..interval_text import CONDITIONAL_ONLY
 from . import confirm, objectives, study
-from .backends import Refused, everywhere
+from .servers.backend import Refused, everywhere
 from .view import View, duration
-from .workflow import content_of
 
 PREVIEW = 3  # Prompts that --dry-run shows.
 LONGEST = 16 * 2**20  # Bytes of a file of prompts.
@@ -45,7 +44,8 @@ def run(
     _parse_save(options.get("save"))
     texts = None if prompts is None else read_prompts(prompts)
     if model is not None:
-        from .emoji import Emoji, EmojiJudge
+        from .judges.emoji import EmojiJudge
+        from .servers.toy import Emoji
 
         if reference not in (None, EmojiJudge.own_reference):
             raise UserError(f"--reference {reference!r}: with --model emoji it is `emoji`, the real ones, or left out")
@@ -53,18 +53,18 @@ def run(
         texts = texts or backend.prompts
         if unknown := [t for t in texts if t not in backend.prompts]:
             raise UserError(
-                f"--prompts {prompts!r}: the emoji model knows no {quoted(unknown[0])}; there are "
+                f"--prompts {prompts!r}: unknown prompt: {quoted(unknown[0])}; the emoji model has "
                 f"{', '.join(backend.prompts[:5])} and {len(backend.prompts) - 5} more"
             )
         return tune(backend, judge, texts, **options)
     if texts is None:
         raise UserError("--prompts is missing: a text file, one prompt on a line, 8 or more")
     if a1111 is not None:
-        from .webui import WebUI
+        from .servers.webui import WebUI
 
         backend = WebUI(a1111, source)
     else:
-        from .servers import Comfy
+        from .servers.comfyui import Comfy
 
         backend = Comfy(source, servers or ["http://127.0.0.1:8188"], output_node)
     with contextlib.closing(backend):
@@ -74,10 +74,10 @@ def run(
 def _judge(backend, device, reference, clip):
     """CLIP, or for the demo model in ComfyUI the networks that know it: no weights are needed then."""
     if getattr(backend, "shows_emoji", False):
-        from .emoji import EmojiJudge
+        from .judges.emoji import EmojiJudge
 
         return EmojiJudge(device, reference)
-    from .clip import ClipJudge
+    from .judges.clip import ClipJudge
 
     return ClipJudge(device, reference, clip)
 
@@ -99,7 +99,7 @@ def tune(
 ):
     """Search, confirm, write confirmed.json and report.html to `out`; returns what confirmed.json holds, or None.
 
-    backend: see `backends.py`; judge: `emoji.EmojiJudge` or `clip.ClipJudge`; prompts: [text]. save: `NAME` or
+    backend: see `servers/backend.py`; judge: `EmojiJudge` or `ClipJudge` of `judges/`; prompts: [text]. save: `NAME` or
     `NAME=best-2`. None is returned for a dry run, and where another process confirms. Raises UserError before any image
     is rendered for what cannot be.
     """
@@ -124,7 +124,7 @@ def tune(
                 measured = confirm.confirm(search, out)
         found = confirm.report(search, out, measured)
         print(table(found, printed), "", *findings(found), sep="\n")
-        from .report import write_report
+        from .report.report import write_report
 
         print(f"\nwrote {confirm.CONFIRMED} and {Path(write_report(out, language=language)).name} to {out}")
         if preset:
@@ -145,8 +145,8 @@ def _is_ours(search, view):
         return True
     host, _, folder = owner.partition(":")
     view.say(
-        f"the search is done. The process that began it, on {host} with --out {folder}, confirms the best settings and "
-        "writes the report; if it has ended, run its command there again"
+        f"the search is done. The process that started it, on {host} with --out {folder}, confirms the best settings "
+        "and writes the report; if it has ended, run its command there again"
     )
     return False
 
@@ -160,7 +160,7 @@ def _parse_save(save):
     name, _, which = save.partition("=")
     presets.check_name(name)
     if (which := which or confirm.BEST[0]) not in confirm.BEST:
-        raise UserError(f"--save {save!r}: a study confirms {', '.join(confirm.BEST)}, and no {which!r}")
+        raise UserError(f"--save {save!r}: unknown ID: {quoted(which)}; a study confirms {', '.join(confirm.BEST)}")
     presets.check_writable()
     return name, which
 
@@ -171,7 +171,7 @@ def _save(found, name, which):
     setting = next((s for s in found["settings"] if s["id"] == which), None)
     if setting is None:
         ids = [s["id"] for s in found["settings"] if s["id"] != "baseline"]
-        raise UserError(f"--save {name}={which}: the study confirmed no {which!r}; there is {', '.join(ids) or 'none'}")
+        raise UserError(f"--save {name}={which}: unknown ID: {which!r}; the study confirmed {', '.join(ids) or 'none'}")
     if _setting(setting).conditional_only:
         other = confirm.BEST[which == confirm.BEST[0]]
         raise UserError(
@@ -180,9 +180,8 @@ def _save(found, name, which):
         )
     base, kept = found["settings"][0], {k: v for k, v in setting["confirmed"].items() if v["difference"]}
     goal = found["objective"]
-    sides = [f"{word} {' and '.join(keys)}" for word, keys in (("least", goal["minimize"]), ("most", goal["maximize"]))
-             if keys]  # fmt: skip
-    said = [f"{k} {v['verdict']} ({v['difference'][0]:+.3g})" for k, v in kept.items()]
+    wanted = objectives.wanted(goal["minimize"], goal["maximize"])
+    said = [f"{objectives.word(k)} {v['verdict']} ({v['difference'][0]:+.3g})" for k, v in kept.items()]
     entry = {
         "model": found["source"],
         "sigma_lo": setting["sigma_lo"],
@@ -191,8 +190,8 @@ def _save(found, name, which):
         "weight_everywhere": base["weight"],
         "study": found["name"],
         "date": found["created"][:10],
-        "objective": f"{', '.join(sides)}; {goal['bound']['metric']} at most {goal['bound']['margin']:g} lower",
-        "said": "against CFG as it was: " + ", ".join(said),
+        "objective": f"{wanted}; {goal['bound']['metric']} at most {goal['bound']['margin']:g} lower",
+        "said": "against the baseline: " + ", ".join(said),
         "value": {k: [v for v in c["value"]] for k, c in kept.items()},
         "difference": {k: [v for v in c["difference"]] for k, c in kept.items()},
     }
@@ -216,13 +215,13 @@ def _describe(plan, backend, judge):
         "search: " + ", ".join(f"{k} {lo:.3g} to {hi:.3g}" for k, (lo, hi) in ranges.items()) + " (log scales)"
     )
     for label, setting, _ in study.first_trials(backend, ranges):
-        lines.append(f"  first: {label}, {setting}")
+        lines.append(f"  first: {label}" + (f", {setting}" if label != str(setting) else ""))
     lines += [
-        f"  {plan.trials} trials of {screened} to {raced} images; what is left of {share} for each goes to those that "
-        f"may be on the front, up to {study.MORE * share}",
+        f"  {plan.trials} trials of {screened} to {raced} images; what is left of {share} for each goes to settings "
+        f"that may be on the front, up to {study.MORE * share} each",
         f"confirmation: the best three, the baseline and conditional only, {confirmed} images each, "
-        + ("of prompts that the search does not see" if plan.fresh_prompts else
-           f"of the same prompts with fresh seeds (with {study.AT_LEAST} prompts or more, half would be kept for it)"),
+        + ("of prompts that the search does not use" if plan.fresh_prompts else
+           f"of the same prompts with fresh seeds (of {study.AT_LEAST} prompts or more, half would be kept for it)"),
         f"at most {most:,} images" + (f", about {duration(most / speed)} at {speed:.2g} a second" if speed else ""),
         "prompts of the search: " + "; ".join(dict.fromkeys(plain(b.text, 100) for b in plan.search[:PREVIEW])) + "; …",
     ]  # fmt: skip
@@ -254,10 +253,10 @@ def _speed(backend, plan):
 def table(found, form=aligned):
     """The confirmed numbers, with those of the search, as a Markdown table or in another form."""
     kept = found["metrics"]
-    head = ["setting", *[m["key"] for m in kept]]
+    head = ["setting", *[objectives.word(m["key"]) for m in kept]]
     body = []
     for s in found["settings"]:
-        label = "" if s["label"] == str(_setting(s)) else f" ({s['label']})"
+        label = "" if s["label"] in (s["id"], str(_setting(s))) else f" ({s['label']})"
         body.append([
             f"{s['id']}: {_setting(s)}{label}",
             *[_cell(s["confirmed"][m["key"]], m["digits"]) for m in kept],
@@ -295,7 +294,7 @@ def findings(found):
             change, verdict = s["confirmed"][key]["difference"], s["confirmed"][key]["verdict"]
             if change is not None:
                 same = change[0] == change[1] == change[2] == 0
-                parts.append(f"{key} {'the same' if same else verdict}"
+                parts.append(f"{objectives.word(key)} {'the same' if same else verdict}"
                              + ("" if same else f" ({change[0]:+.{names[key]['digits']}f})"))  # fmt: skip
         lost = s["confirmed"][bound["metric"]]["difference"][2] < -bound["margin"]
         warning = f"; its {bound['metric']} is surely lower than the margin allows" if lost else ""

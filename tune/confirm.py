@@ -17,9 +17,9 @@ from .. import __version__
 from ..files import atomic_path
 from ..interval_text import CONDITIONAL_ONLY
 from . import objectives, study
-from .backends import CONDITIONAL
-from .images import Folder
+from .images import Images
 from .objectives import SEEDS
+from .servers.backend import CONDITIONAL
 
 CONFIRMED = "confirmed.json"
 BEST = [f"best-{place}" for place in (1, 2, 3)]  # The ids of those that are confirmed, beside the baseline.
@@ -49,7 +49,7 @@ def choose(search):
 
 def confirm(search, out):
     """Render and measure the chosen settings on the plan's fresh blocks; `{id: measured}`, with `conditional`."""
-    folder, found = Folder(out / "confirmed", search.backend.identity), {}
+    folder, found = Images(out / "confirmed", search.backend.identity), {}
     for key, _, setting, _ in [*choose(search), ("conditional", "", CONDITIONAL, None)]:
         blocks = search.plan.confirm
         found[key] = search.render(setting, blocks, folder, range(len(blocks)))

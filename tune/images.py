@@ -6,12 +6,12 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from ..files import atomic_path
-from .backends import Rendered
+from .servers.backend import Rendered
 
 KEY = "guidance_interval_tune"
 
 
-class Folder:
+class Images:
     """`SETTING/PROMPT-SEED.png`, each with what it is of and what it cost in its text.
 
     identity: of the backend. What is of another one is not taken, whatever else is alike.

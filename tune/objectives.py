@@ -1,11 +1,12 @@
-"""What is measured of a setting's images, as paired differences with intervals.
+"""What is measured of a setting's images, as paired differences with confidence intervals.
 
 Images come in blocks: one prompt and SEEDS seeds. A block is what is drawn, the images of a prompt being alike, so
-intervals resample blocks. Each metric is a mean over blocks of what they contribute: for a mean over images or pairs
-that of the block, for a distance, which is of all images at once, its value plus the influence of the block's images
-(`measure/metrics.py`). Two settings are compared by the difference of contributions, over the blocks that both have.
+confidence intervals resample blocks. Each metric is a mean over blocks of what they contribute: for a mean over images
+or pairs that of the block, for a distance, which is of all images at once, its value plus the influence of the block's
+images (`measure/metrics.py`). Two settings are compared by the difference of contributions, over the blocks that both
+have.
 
-A judge (`emoji.EmojiJudge`, `clip.ClipJudge`) has
+A judge (`judges/`) has
 - `adherence`, the name of its measure, with the `margin` that a setting may lose of it and `digits` to show;
 - `reference`, what distances are to, or None, and `distance_name`; `identity`, which changes with its weights;
 - `check(prompts)`, which loads what it needs, `look(image)`, called with each image as it comes, and
@@ -34,11 +35,16 @@ class Metric:
     digits: int
 
 
+def word(key):
+    """A metric's key as people read it."""
+    return "NFE" if key == "rows" else key
+
+
 def metrics(judge, rows=True):
     """What a study measures, in the report's order; rows: whether they are known."""
-    found = [Metric("rows", "Network rows an image", "lower", 1)] if rows else []
+    found = [Metric("rows", "Network evaluations per image", "lower", 1)] if rows else []
     found += [
-        Metric("seconds", "Seconds an image", "lower", 2),
+        Metric("seconds", "Seconds per image", "lower", 2),
         Metric("adherence", judge.adherence, "higher", judge.digits),
         Metric("variety", "Variety between seeds of a prompt", "higher", 3),
         Metric("drift", "Colour drift from conditional only (saturation, points)", "lower", 2),
@@ -134,7 +140,7 @@ RACING = 0.8  # The level of a trial's race: a good one that is left early costs
 
 
 def estimate(values, level=0.95):
-    """`[mean, low, high]` of contributions [B] with an interval of that level.
+    """`[mean, low, high]` of contributions [B] with a confidence interval of that level.
 
     The bootstrap of few blocks is too narrow, by what Student's t and the degree of freedom of the mean tell: the
     influences are scaled by it.
@@ -181,7 +187,7 @@ def value(measured, baseline, key, conditional=None):
 
 
 def verdict(change):
-    """ "lower", "higher" or "unclear": which side of 0 the interval of a difference lies on."""
+    """ "lower", "higher" or "unclear": which side of 0 the confidence interval of a difference lies on."""
     return None if change is None else "lower" if change[2] < 0 else "higher" if change[1] > 0 else "unclear"
 
 
@@ -219,14 +225,17 @@ class Goal:
         }
 
     def __str__(self):
-        return (
-            f"least {' and '.join(self.minimize)}{', most ' + ' and '.join(self.maximize) if self.maximize else ''}, "
-            f"{self.bound} no more than {self.margin:g} below the baseline's"
-        )
+        return f"{wanted(self.minimize, self.maximize)}, {self.bound} no more than {self.margin:g} below the baseline's"
+
+
+def wanted(minimize, maximize):
+    """Objectives in words."""
+    parts = (("minimize", minimize), ("maximize", maximize))
+    return ", ".join(f"{what} {' and '.join(map(word, keys))}" for what, keys in parts if keys)
 
 
 def goal(judge, rows=True):
-    """Least cost and most variety, or with a reference least distance, while adherence keeps up with the baseline."""
+    """Minimize the cost and maximize variety, or with a reference minimize the distance; adherence keeps up."""
     cost = "rows" if rows else "seconds"
     if judge.reference is None:
         return Goal((cost,), ("variety",), "adherence", judge.margin)
@@ -250,14 +259,14 @@ def violation(goal, measured, baseline, likely=0.5):
 
 
 def chance(goal, measured, baseline):
-    """The probability that a setting is within the bound, by the interval of its difference."""
+    """The probability that a setting is within the bound, by the confidence interval of its difference."""
     beyond, error = _of_bound(goal, measured, baseline)
     return float(stats.norm.cdf(-beyond, scale=max(error, 1e-12)))
 
 
 def is_lost(goal, measured, baseline, rivals):
-    """Whether a setting has lost its race for the front, by intervals: it misses the bound, or a rival is no worse in
-    every objective."""
+    """Whether a setting has lost its race for the front, by confidence intervals: it misses the bound, or a rival is no
+    worse in every objective."""
     if difference(measured, baseline, goal.bound, level=RACING)[2] < -goal.margin:
         return True
     for rival in rivals:

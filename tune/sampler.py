@@ -2,7 +2,7 @@
 
 Few images leave open what a setting is worth and where the bound lies. A Gaussian process for each metric, which knows
 the standard errors, tells what may be true. In each draw of it the front is another one; the next setting is the one
-that adds most to its area on the mean of the draws. This is the noisy expected hypervolume improvement of Daulton,
+that adds most to its area, on average over the draws. This is the noisy expected hypervolume improvement of Daulton,
 Balandat and Bakshy (NeurIPS 2021, arXiv 2105.08195), with a bound, over settings drawn at random.
 """
 
@@ -16,7 +16,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Matern
 
 from . import objectives
-from .backends import Setting
+from .servers.backend import Setting
 
 STARTUP = 13  # Trials before the first that is not drawn at random.
 # Over the coordinates. A smoother one is too sure of what lies between and beyond.
@@ -60,7 +60,7 @@ class Belief:
     """What all trials together tell of the true differences to the baseline.
 
     goal: `objectives.Goal` of two keys; baseline: what it measured; done: `[(Setting, measured)]`; ranges: the ends
-    `{name: (low, high)}` of the space; sigmas: see `backends.py`.
+    `{name: (low, high)}` of the space; sigmas: see `servers/backend.py`.
     """
 
     def __init__(self, goal, baseline, done, ranges, sigmas):

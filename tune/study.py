@@ -5,8 +5,8 @@ no sign of life is failed and queued again by its heartbeat. A process's own tri
 which it has the sole use (`files.sole_use`): what still runs under that name when it starts was killed with it.
 
 Images are dear, so a trial races: it begins with a few blocks of images, and gets more while it may still be on the
-front, by intervals of paired differences, up to half of its share. What is left of all shares goes at once to trials
-that may be on the front, until they have as many blocks as the baseline.
+front, by confidence intervals of paired differences, up to half of its share. What is left of all shares goes at once
+to trials that may be on the front, until they have as many blocks as the baseline.
 
 The baseline has MORE shares, and trials take turns with its blocks. Each is compared with the baseline on the same
 prompts and seeds; were they the same for all trials, so would be their luck, and the whole search would have the bound
@@ -31,15 +31,15 @@ from ..errors import UserError, without_password
 from ..interval_text import CONDITIONAL_ONLY
 from ..presets import DEFAULT, get_preset
 from . import objectives
-from .backends import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
-from .images import Folder
+from .images import Images
 from .objectives import SEEDS
 from .sampler import STARTUP, Belief, IntervalSampler, to_setting
+from .servers.backend import CONDITIONAL, Job, Refused, Setting, everywhere, in_space
 
 HEARTBEAT, GRACE = 10, 60  # Seconds between signs of life, and without one until a trial is given to another process.
-BASELINE = "CFG as it was"
+BASELINE = "baseline"
 OPEN = 100.0  # Above it there is hardly any image left: as good as no bound.
-VERSION = 3  # Of what trials hold: a study is not gone on with by another one.
+VERSION = 4  # Of what trials hold: a study is not gone on with by another one.
 SURPLUS = "surplus: another process has it, or had begun the last one"
 
 # Those that are compared on the emoji model, benchmarks/tune_quality.py.
@@ -261,7 +261,7 @@ class Search:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.plan, self.backend, self.judge, self.view = plan, backend, judge, view
         self.goal = objectives.goal(judge, backend.sigmas is not None)
-        self.folder = Folder(Path(out) / "images", backend.identity)
+        self.folder = Images(Path(out) / "images", backend.identity)
         self.mine = f"{socket.gethostname()}:{Path(out).resolve()}"
         self.ranges = space(backend)
         self.nameless_since = {}  # Trial's number: when it was first seen without its process's name.
@@ -313,7 +313,7 @@ class Search:
         if differing:
             raise UserError(
                 f"the study {self.plan.name!r} in this storage is another one, with {'; '.join(differing)}: choose "
-                "another --name, or give what it was begun with"
+                "another --name, or use the options the study started with"
             )
 
     def trials(self, *states):
@@ -440,7 +440,7 @@ class Search:
         """Raise UserError if what all is compared with has failed, in the host's words."""
         known = [t for t in self.trials() if t.user_attrs.get("label") == BASELINE and _counts(t)]
         if known and all(t.state == TrialState.FAIL for t in known):
-            raise UserError(f"{BASELINE} cannot be rendered: {known[-1].user_attrs.get('error', 'it failed')}")
+            raise UserError(f"the {BASELINE} cannot be rendered: {known[-1].user_attrs.get('error', 'it failed')}")
 
     def _objective(self, trial):
         trial.set_user_attr("folder", self.mine)

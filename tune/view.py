@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import study
+from . import objectives, study
 
 
 class View:
@@ -67,7 +67,7 @@ class View:
         self._speed()
 
     def waiting(self, count):
-        self.bar.update(self.task, speed=f"waiting for {count} at other processes")
+        self.bar.update(self.task, speed=f"waiting for {count} of other processes")
 
     def failed(self, number, setting, error):
         if error != study.SURPLUS:
@@ -86,7 +86,7 @@ class View:
     def _draw(self):
         table = Table(title="best so far", title_justify="left", box=None, pad_edge=False)
         for name in ("setting", *self.goal.keys, self.goal.bound):
-            table.add_column(name, justify="left" if name == "setting" else "right")
+            table.add_column(objectives.word(name), justify="left" if name == "setting" else "right")
         for trial in self.best[:8]:
             table.add_row(
                 str(study.from_json(trial.user_attrs["setting"])),
@@ -100,7 +100,7 @@ class View:
 
     def _words(self, trial):
         told = zip(self.goal.keys, trial.values, strict=True)
-        values = ", ".join(f"{k} {v:.3g}" for k, v in told)
+        values = ", ".join(f"{objectives.word(k)} {v:.3g}" for k, v in told)
         return f"{study.from_json(trial.user_attrs['setting'])} ({values})"
 
 

@@ -27,6 +27,7 @@ def chart(run):
         "guided": sum(guided[:-1]),
         "nothing": run.nothing,
         "sampler_id": run.sampler_id,
+        "samplers": run.samplers,
         "hurried": run.hurried,
         "sampler": run.sampler,
         "scheduler": run.scheduler,
@@ -39,6 +40,9 @@ def chart(run):
         ],
         "ticks": axis.ticks(),
         "end": axis(levels[-1]) if steps > 0 else 0,
+        "sigmas": None
+        if run.evaluated is None
+        else [_finite(model_patch.from_model_sigma(s, sampling)) for s in run.evaluated],
     }
     if run.evaluated is not None and steps > 0:
         mask = interval.mask(torch.tensor(run.evaluated)).tolist()

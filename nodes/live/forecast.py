@@ -34,8 +34,9 @@ class Run:
     levels: 1-D, the model's own noise levels; the last is where the run ends. evaluated: the level of each evaluation,
     or None where that depends on the image. rows_guided: rows per image of a guided evaluation. nothing: why
     nothing is guided, whatever the interval ("cfg", "guider" or "steps"), or None. counted: the levels whose steps the
-    interval counts. node: the interval node's class and inputs. sampler_id: the node that samples, or None. hurried:
-    another time there may be time for more. notes: [[code, value]], what is assumed or missing.
+    interval counts. node: the interval node's class and inputs. sampler_id: the node that samples, or None; samplers:
+    all that sample what the interval node gives. hurried: another time there may be time for more. notes:
+    [[code, value]], what is assumed or missing.
     """
 
     model: object
@@ -49,17 +50,27 @@ class Run:
     counted: torch.Tensor
     node: dict
     sampler_id: str | None = None
+    samplers: list = field(default_factory=list)
     hurried: bool = False
     notes: list = field(default_factory=list)
 
 
-def forecast(prompt, node_id):
-    """The Run that the interval node `node_id` of `prompt` will limit. ValueError: its own values are wrong."""
+def forecast(prompt, node_id, sampler_id=None):
+    """The Run that the interval node `node_id` of `prompt` will limit, by one of its samplers, or else the first.
+
+    ValueError: its own values are wrong, or it is not what that sampler samples.
+    """
     graph = Graph(prompt, node_id)
     if node_id not in graph.nodes or graph.type_of(node_id) not in LIMITING_NODES:
         raise ValueError(f"node {node_id!r} of this prompt is no guidance interval")
     notes = []
-    sampler_id = graph.find_sampler(notes)
+    samplers = graph.samplers(notes)
+    if sampler_id is None:
+        sampler_id = next(iter(samplers), None)
+        if len(samplers) > 1:
+            notes.append(["samplers", f"{graph.type_of(sampler_id)} #{sampler_id}"])
+    elif sampler_id not in samplers:
+        raise ValueError(f"node {sampler_id!r:.50} samples nothing that node {node_id!r:.50} limits")
     parts, counted, interval = _limited(graph, sampler_id, notes)
     evaluated, hurried = None, False
     try:
@@ -84,6 +95,7 @@ def forecast(prompt, node_id):
         counted=counted,
         node=graph.nodes[node_id],
         sampler_id=sampler_id,
+        samplers=samplers,
         hurried=hurried,
         notes=[note for i, note in enumerate(notes) if note not in notes[:i]],
     )

@@ -133,13 +133,6 @@ class Graph:
     # ------------------------------------------------------------------------
     # Down to the sampler.
 
-    def find_sampler(self, notes):
-        """The id of the first sampler that samples what the interval node gives, or None."""
-        found = self.samplers(notes)
-        if len(found) > 1:
-            notes.append(["samplers", f"{self.type_of(found[0])} #{found[0]}"])
-        return found[0] if found else None
-
     def samplers(self, notes):
         """The ids of the samplers that sample what the interval node gives; notes say why there is none."""
         node_id = self.toward

@@ -1,4 +1,4 @@
-"""The route by which the page asks what a prompt's run will be."""
+"""The route by which the page, or the tuner, asks what a prompt's run will be."""
 
 import codecs
 import collections
@@ -10,12 +10,15 @@ import os
 import torch
 
 from ... import presets
+from ...interval_text import FORECAST_PATH as PATH
 from . import chart, desk, forecast, weightless
 from .events import running_server
 from .prompt_graph import TooLong
 
-PATH = "/guidance_interval/forecast"
-FORM = 'send {"prompt": {node id: node}, "node": id of an interval node}'
+FORM = (
+    'send {"prompt": {node id: node}, "node": id of an interval node}, and, to choose one of its samplers, '
+    '"sampler": id'
+)
 LARGEST = 2**22  # Bytes of a question: prompts without what is heavy have a hundredth of it.
 KEEP = 64
 
@@ -37,17 +40,21 @@ def register():
             return web.json_response({"error": why, "failed": True}, status=status)
 
         try:
-            client, node_id, prompt = parse(await _read(request), request.charset)
+            client, *question = parse(await _read(request), request.charset)
         except OverflowError as error:
             return refuse(413, str(error))
         except ValueError as error:
             return refuse(400, f"{error}: {FORM}")
-        key = hashlib.sha256(json.dumps([prompt, node_id], sort_keys=True).encode()).digest()
+        key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).digest()
         text = answers.get(key)
         if text is None:
             try:
+                node_id, prompt, sampler_id = question
                 text, stamp = await questions.ask(
-                    (client, node_id), key, (prompt, node_id), lambda: request.transport is not None
+                    (client, node_id, sampler_id),
+                    key,
+                    (prompt, node_id, sampler_id),
+                    lambda: request.transport is not None,
                 )
             except desk.Replaced:
                 return refuse(409, "a newer question of this node has taken the place of this one")
@@ -70,15 +77,15 @@ async def _read(request):
 
 
 def parse(data, charset=None):
-    """(client, node id, prompt) of a question; raises ValueError, with what is wrong, for what is none.
+    """(client, node id, prompt, sampler id) of a question; raises ValueError, with what is wrong, for what is none.
 
-    client: which page asks, "" where it does not say.
+    client: which page asks, "" where it does not say. sampler id: None for the first of the interval node's.
     """
     try:
         if charset is not None and codecs.lookup(charset).name not in ("utf-8", "ascii"):
             raise LookupError(charset)
         body = json.loads(data.decode(), parse_constant=_no_number)
-        prompt, node_id, client = body["prompt"], body["node"], body.get("client", "")
+        prompt, node_id, client, sampler_id = body["prompt"], body["node"], body.get("client", ""), body.get("sampler")
         json.dumps(prompt)  # What is nested too deep to be handed on.
     except KeyError as error:
         raise ValueError(f"{error} is missing") from error
@@ -94,7 +101,9 @@ def parse(data, charset=None):
         raise ValueError("prompt is no object of nodes")
     if not isinstance(node_id, str | int) or not isinstance(client, str) or len(client) > 100:
         raise ValueError("node is no id of a node, or client no short text")
-    return client, str(node_id), prompt
+    if sampler_id is not None and (not isinstance(sampler_id, str | int) or isinstance(sampler_id, bool)):
+        raise ValueError("sampler is no id of a node")
+    return client, str(node_id), prompt, None if sampler_id is None else str(sampler_id)
 
 
 def _no_number(name):
@@ -132,20 +141,20 @@ def _stamp(names):
     return weightless.changes, mine, [(folder, name, weightless.file_of(folder, name)) for folder, name in names]
 
 
-def _answer(prompt, node_id):
+def _answer(prompt, node_id, sampler_id):
     """(JSON, what it depends on, or None where it may be another next time)."""
     changes, mine, _ = _stamp([])
     with weightless.looked_up() as files:
-        answer = describe(prompt, node_id)
+        answer = describe(prompt, node_id, sampler_id)
     lasting = not answer.pop("hurried", False) and not answer.get("failed")
     return json.dumps(answer), (changes, mine, files) if lasting else None
 
 
-def describe(prompt, node_id):
-    """The chart of the interval node's run, or {"error": what is wrong with the node's own values}."""
+def describe(prompt, node_id, sampler_id=None):
+    """The chart of the interval node's run, or {"error": what is wrong with the node's own values, or the sampler}."""
     try:
         with torch.inference_mode():
-            return chart.chart(forecast.forecast(prompt, node_id))
+            return chart.chart(forecast.forecast(prompt, node_id, sampler_id))
     except TooLong as error:
         return {"error": str(error), "hurried": True}
     except ValueError as error:

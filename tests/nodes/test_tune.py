@@ -16,9 +16,9 @@ import torch
 from guidance_interval import presets
 from guidance_interval.errors import UserError
 from guidance_interval.toy import model
-from guidance_interval.tune import servers, workflow
-from guidance_interval.tune.backends import CONDITIONAL, Job, Refused, Setting, everywhere, paste_comfyui
-from guidance_interval.tune.client import Client
+from guidance_interval.tune.servers import comfyui, workflow
+from guidance_interval.tune.servers.backend import CONDITIONAL, Job, Refused, Setting, everywhere, paste_comfyui
+from guidance_interval.tune.servers.client import Client
 from optuna.trial import TrialState
 from PIL import Image
 
@@ -167,7 +167,7 @@ def test_conditional_only_guides_no_evaluation_of_any_model(host, kind, change, 
 
 
 def test_images_come_from_both_and_are_of_their_settings(two, files):
-    backend = servers.Comfy(files / "flowers.json", two.urls)
+    backend = comfyui.Comfy(files / "flowers.json", two.urls)
     assert backend.weight == 4 and len(backend.sigmas) == 6 and backend.shows_emoji
     before = [two.prompts(i) for i in (0, 1)]
     jobs = [Job(s, p, 7) for s in (everywhere(4.0), CONDITIONAL) for p in ("fruit", "food-fruit", "heart", "cat-face")]
@@ -192,7 +192,7 @@ def test_images_come_from_both_and_are_of_their_settings(two, files):
 def test_what_a_server_lacks_is_told_before_the_first_image(two, files, what, message):
     (files / "flowers.json").write_text(json.dumps(graph() | what))
     with pytest.raises(UserError, match=rf"cannot run: {two.urls[0]} .*{message}.*; {two.urls[1]}"):
-        servers.Comfy(files / "flowers.json", two.urls)
+        comfyui.Comfy(files / "flowers.json", two.urls)
 
 
 def test_an_interval_that_is_there_is_replaced(two, files):
@@ -201,17 +201,17 @@ def test_an_interval_that_is_there_is_replaced(two, files):
     nodes["8"] = {"class_type": "GuidanceIntervalPreset", "inputs": {"model": ["7", 0], "preset": "edm2-xxl-fid"}}
     nodes["4"]["inputs"]["model"] = ["8", 0]
     (files / "flowers.json").write_text(json.dumps(nodes))
-    backend = servers.Comfy(files / "flowers.json", two.urls[:1])
+    backend = comfyui.Comfy(files / "flowers.json", two.urls[:1])
     assert backend.weight == 2.0  # The preset's.
     job = Job(everywhere(4.0), "heart", 7)
     (files / "plain.json").write_text(json.dumps(graph()))
-    plain = servers.Comfy(files / "plain.json", two.urls[:1])
+    plain = comfyui.Comfy(files / "plain.json", two.urls[:1])
     (_, ours), (_, theirs) = *backend.render([job]), *plain.render([job])
     assert ours.image.tobytes() == theirs.image.tobytes()
 
 
 def test_a_picture_of_comfyui_is_a_workflow_too(two, files):
-    server = servers.Server(two.urls[0])
+    server = comfyui.Server(two.urls[0])
     job = server.queue(graph())
     while (found := server.finished(job)) is None:
         time.sleep(0.1)
@@ -226,7 +226,7 @@ def test_a_picture_of_comfyui_is_a_workflow_too(two, files):
 def test_the_preset_node_lists_what_was_saved_and_renders_it(two, files):
     entry = dict(model="flowers.json", sigma_lo=0.5, sigma_hi=20.0, weight=6.0, weight_everywhere=4.0, study="flowers")
     presets.save_mine("mine", entry)
-    server = servers.Server(two.urls[0])
+    server = comfyui.Server(two.urls[0])
     options = server.object_info().inputs("GuidanceIntervalPreset")["preset"]
     assert options == [*presets.PRESETS, "mine (measured by you)"]  # Without a restart.
     nodes = graph(cfg=["8", 1], seed=7)
@@ -236,9 +236,57 @@ def test_the_preset_node_lists_what_was_saved_and_renders_it(two, files):
     job = server.queue(nodes)
     while (found := server.finished(job)) is None:
         time.sleep(0.1)
-    backend = servers.Comfy(files / "flowers.json", two.urls[:1])
+    backend = comfyui.Comfy(files / "flowers.json", two.urls[:1])
     ((_, ours),) = backend.render([Job(Setting(0.5, 20.0, 6.0), "heart", 7)])
     assert server.image(found[0]["6"]["images"][0]).tobytes() == ours.image.tobytes()
+
+
+# ----------------------------------------------------------------------------
+# What is forecast is what runs.
+
+
+def two_stages():
+    """Two samplers that share a schedule of eight steps; the second evaluates twice a step, but for the last."""
+    nodes = graph()
+    of_both = {k: v for k, v in nodes["4"]["inputs"].items() if k not in ("seed", "denoise")} | {"steps": 8}
+    first = dict(noise_seed=2, add_noise="enable", start_at_step=0, end_at_step=5, return_with_leftover_noise="enable")
+    second = dict(noise_seed=2, add_noise="disable", start_at_step=5, end_at_step=10000, sampler_name="heun")
+    second |= dict(return_with_leftover_noise="disable", latent_image=["4", 0])
+    nodes["4"] = {"class_type": "KSamplerAdvanced", "inputs": of_both | first}
+    nodes["7"] = {"class_type": "KSamplerAdvanced", "inputs": of_both | second}
+    nodes["5"]["inputs"]["samples"] = ["7", 0]
+    return nodes
+
+
+def runs(server, nodes):
+    """What our nodes on a server tell of each run of a prompt: `{sampler: report}`."""
+    found = {}
+    with server.listen() as socket:
+        job = server.queue(nodes)
+        while True:
+            message = socket.recv(timeout=60)
+            told = {"type": "preview"} if isinstance(message, bytes) else json.loads(message)
+            if told["type"] == "guidance_interval.run":
+                assert told["data"]["sampler"] not in found
+                found[told["data"]["sampler"]] = told["data"]
+            if told["type"] == "executing" and told["data"] == {"node": None, "prompt_id": job}:
+                return found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "evaluations"), [(graph(sampler_name="heun"), {"4": 11}), (two_stages(), {"4": 5, "7": 5})]
+)
+def test_as_many_evaluations_run_as_are_forecast(two, files, nodes, evaluations):
+    (files / "flowers.json").write_text(json.dumps(nodes))
+    backend, setting = comfyui.Comfy(files / "flowers.json", two.urls[:1]), Setting(0.5, 8.0, 4.0)
+    assert len(backend.sigmas) == sum(evaluations.values())
+    told = "\n".join(backend.describe())
+    for n, count in evaluations.items():
+        assert f"  node {n} ({nodes[n]['class_type']}): {count} evaluations, sigma " in told
+    found = runs(backend.servers[0], backend.workflow.graph(setting, "heart", 7))
+    assert {n: run["evaluations"] for n, run in found.items()} == evaluations
+    rows = sum(run["rows"] for run in found.values())
+    assert setting.rows(backend.sigmas) == rows and len(backend.sigmas) < rows < 2 * len(backend.sigmas)
 
 
 # ----------------------------------------------------------------------------
@@ -283,12 +331,12 @@ def test_a_server_and_the_tuner_are_killed_and_nothing_is_lost_or_doubled(two, f
     # A third time there is nothing to render.
     before = [two.prompts(i) for i in (0, 1)]
     subprocess.run(command(two, files), check=True, capture_output=True, timeout=120)
-    assert sum(two.prompts(i) - b for i, b in enumerate(before)) <= 1  # The schedule's.
+    assert [two.prompts(i) for i in (0, 1)] == before
 
 
 def test_without_any_server_it_ends_after_a_while(two, files, monkeypatch):
-    backend = servers.Comfy(files / "flowers.json", two.urls)
-    monkeypatch.setattr(servers, "ALONE", 1)
+    backend = comfyui.Comfy(files / "flowers.json", two.urls)
+    monkeypatch.setattr(comfyui, "ALONE", 1)
     for server in backend.servers:
         server.client = Client("--server", "127.0.0.1:9", "", lambda *_: None)  # As if both had died since.
     with pytest.raises(UserError, match=r"no server answers any more .*what is done is kept: start one"):

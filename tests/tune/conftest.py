@@ -12,13 +12,13 @@ PROMPTS = ["face-smiling", "heart", "animal-mammal", "food-fruit", "drink", "tra
 SEEDS = [11, 12, 13, 14]
 ADHERENCE = "Adherence (classifier's probability of the prompt, %)"
 METRICS = [
-    {"key": "rows", "name": "Network rows an image", "better": "lower", "digits": 1},
+    {"key": "rows", "name": "Network evaluations per image", "better": "lower", "digits": 1},
     {"key": "adherence", "name": ADHERENCE, "better": "higher", "digits": 1},
     {"key": "variety", "name": "Variety between seeds of a prompt", "better": "higher", "digits": 3},
 ]
 # sigma_lo, sigma_hi, weight, label. The first three are the confirmed ones: the baseline, the best and the second.
 TRIALS = [
-    (0.0, math.inf, 4.0, "CFG as it was"),
+    (0.0, math.inf, 4.0, "baseline"),
     (0.1, 3.5, 2.5, ""),
     (0.15, 5.0, 3.0, ""),
     (0.0, math.inf, 1.0, "conditional only"),
@@ -28,7 +28,7 @@ TRIALS = [
 
 
 def interval(values):
-    """`[mean, low, high]` of numbers, 95 %."""
+    """`[mean, low, high]` of numbers, with their 95% confidence interval."""
     half = 1.96 * values.std().item() / math.sqrt(len(values))
     mean = values.mean().item()
     return [mean, mean - half, mean + half]

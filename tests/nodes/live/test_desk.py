@@ -135,6 +135,9 @@ BAD = [
     (b'{"prompt": {}, "node": ["2"]}', None, "no id of a node"),
     (b'{"prompt": {}, "node": "2", "client": 7}', None, "client"),
     (b'{"prompt": {}, "node": "2", "client": "%s"}' % (b"x" * 101), None, "client"),
+    (b'{"prompt": {}, "node": "2", "sampler": ["3"]}', None, "sampler is no id of a node"),
+    (b'{"prompt": {}, "node": "2", "sampler": true}', None, "sampler is no id of a node"),
+    (b'{"prompt": {}, "node": "2", "sampler": 3.5}', None, "sampler is no id of a node"),
     (b'{"prompt": {"a": NaN}, "node": "2"}', None, "NaN"),
     (b'{"prompt": {"a": -Infinity}, "node": "2"}', None, "-Infinity"),
     (b'{"prompt": {"a": %s}, "node": "2"}' % (b"9" * 5000), None, "no JSON"),
@@ -156,7 +159,13 @@ def test_what_is_no_question_is_refused_in_a_sentence(live, body, charset, why):
 def test_a_question_may_name_its_charset(live):
     body = json.dumps({"prompt": {"ü": 1}, "node": 2, "client": "me"}, ensure_ascii=False).encode()
     for charset in (None, "utf-8", "UTF8"):
-        assert live.route.parse(body, charset) == ("me", "2", {"ü": 1})
+        assert live.route.parse(body, charset) == ("me", "2", {"ü": 1}, None)
+
+
+@pytest.mark.parametrize(("given", "read"), [("3", "3"), (3, "3"), ("4:3", "4:3"), (None, None)])
+def test_a_question_may_name_a_sampler(live, given, read):
+    body = json.dumps({"prompt": {}, "node": 2, "sampler": given}).encode()
+    assert live.route.parse(body) == ("", "2", {}, read)
 
 
 def test_the_route(live, monkeypatch):
@@ -170,6 +179,10 @@ def test_the_route(live, monkeypatch):
         assert good.status == 200 and (await good.json())["steps"] == 6
         odd = await client.post(live.route.PATH, json={"prompt": {"2": 7}, "node": "2"})
         assert "no guidance interval" in (await odd.json())["error"]
+        named = await client.post(live.route.PATH, json={"prompt": PROMPT, "node": "2", "sampler": "3"})
+        assert named.status == 200 and (await named.json())["sampler_id"] == "3"
+        wrong = await client.post(live.route.PATH, json={"prompt": PROMPT, "node": "2", "sampler": "1"})
+        assert wrong.status == 200 and "node '1' samples nothing" in (await wrong.json())["error"]
         headers = {"Content-Type": "application/json; charset=foo"}
         for data in (b"{}", b"[" * 50_000):
             bad = await client.post(live.route.PATH, data=data, headers=headers)
@@ -187,7 +200,7 @@ def test_a_page_that_asks_on_is_answered_once(live, monkeypatch):
     """Of a drag's questions the one under way and the last are answered."""
     slow = Slow()
 
-    def answer(prompt, node_id):
+    def answer(prompt, node_id, sampler_id):
         return slow(str(prompt["3"]["inputs"]["steps"])), None
 
     parsed, parse = [], live.route.parse
@@ -227,9 +240,10 @@ def test_an_answer_is_kept_as_long_as_it_is_true(host, live, monkeypatch, tmp_pa
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", folders)
 
     async def conversation(client):
-        async def asked_anew(prompt=PROMPT, node="2", client_id=""):
+        async def asked_anew(prompt=PROMPT, node="2", client_id="", **more):
             before = len(made)
-            answer = await client.post(live.route.PATH, json={"prompt": prompt, "node": node, "client": client_id})
+            question = {"prompt": prompt, "node": node, "client": client_id, **more}
+            answer = await client.post(live.route.PATH, json=question)
             assert answer.status == 200
             return len(made) > before
 
@@ -239,6 +253,8 @@ def test_an_answer_is_kept_as_long_as_it_is_true(host, live, monkeypatch, tmp_pa
         assert await asked_anew({**PROMPT, "4": {"class_type": "X", "inputs": {}}})
         assert not await asked_anew()
         assert await asked_anew(node="3")
+        assert await asked_anew(sampler="3") and await asked_anew(sampler="7")
+        assert not await asked_anew(sampler="3") and not await asked_anew()
         # A run has told what the model is.
         live.weightless.remember("a key", harness.tiny_model("sd15"))
         assert await asked_anew() and not await asked_anew()

@@ -81,6 +81,40 @@ def test_rows_are_those_of_the_run_for_every_sampler(host, live):
         assert drawn["rows"] == rows_of_run(host, prompt, "sd15"), sampler
 
 
+@pytest.mark.parametrize("kind", ["sd15", "flow"])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_the_level_of_each_evaluation_is_told_in_edm_units(live, kind, sampler):
+    prompt = prompt_of(kind, sampler_name=sampler, scheduler="simple")
+    remembered(live, prompt, kind)
+    run = live.forecast.forecast(prompt, "2")
+    sampling = run.model.get_model_object("model_sampling")
+    told = [math.inf if s is None else s for s in chart(live, prompt)["sigmas"]]
+    assert told == [live.model_patch.from_model_sigma(s, sampling) for s in run.evaluated]
+    assert len(told) == (6 if sampler == "euler" else 11) and (told[0] == math.inf) == (kind == "flow")
+
+
+def test_where_the_image_decides_no_level_is_told(live):
+    prompt = prompt_of(sampler_name="dpm_adaptive")
+    remembered(live, prompt, "sd15")
+    assert chart(live, prompt)["sigmas"] is None
+    assert chart(live, prompt_of(steps=6, denoise=0.0))["sigmas"] == []
+
+
+def test_each_of_several_samplers_can_be_asked_for(live):
+    prompt = prompt_of(steps=6)
+    advanced = {k: v for k, v in prompt["3"]["inputs"].items() if k != "denoise"}
+    prompt["4"] = {"class_type": "KSamplerAdvanced", "inputs": {**advanced, "steps": 9, "start_at_step": 4}}
+    remembered(live, prompt, "sd15")
+    first, second = (live.route.describe(prompt, "2", sampler) for sampler in ("3", "4"))
+    assert (first["sampler_id"], len(first["sigmas"]), second["sampler_id"], len(second["sigmas"])) == ("3", 6, "4", 5)
+    assert first["samplers"] == second["samplers"] == ["3", "4"] and first["notes"] == second["notes"] == []
+    assert live.route.describe(prompt, "2")["notes"] == [["samplers", "KSampler #3"]]
+    for other in ("1", "2", "9", "x" * 9999):
+        answer = live.route.describe(prompt, "2", other)
+        assert answer.keys() == {"error"} and "samples nothing that node '2' limits" in answer["error"]
+        assert len(answer["error"]) < 200
+
+
 @pytest.mark.parametrize(
     ("interval", "edges"),
     [

@@ -50,7 +50,7 @@ function solve(rising, target) {
 }
 
 /** The sign test of wins against losses, ties left out: two-sided p of a fair coin, and the share of wins with its
- * exact 95 % interval (Clopper and Pearson 1934). */
+ * exact 95% confidence interval (Clopper and Pearson 1934). */
 function signTest(wins, losses) {
   const n = wins + losses;
   if (!n) return {n, p: 1, share: NaN, low: 0, high: 1};

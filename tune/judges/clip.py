@@ -7,10 +7,10 @@ import math
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import UserError
-from ..measure.features import CLIP, Pixels
-from ..measure.folder import Folder
-from ..measure.metrics import clip_score, cmmd, kernel_mean
+from ...errors import UserError
+from ...measure.features import CLIP, Pixels
+from ...measure.folder import Folder
+from ...measure.metrics import clip_score, cmmd, kernel_mean
 
 BATCH = 16
 KEPT = 4096  # Images whose features are kept.

@@ -5,8 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,9 @@ from PIL import Image
 
 pytest.importorskip("plotly", reason="of the extra `tune`")
 
+from guidance_interval import cli
 from guidance_interval.errors import UserError
-from guidance_interval.tune import report
+from guidance_interval.tune.report import report
 
 PAGE = report.PAGE
 
@@ -130,6 +129,17 @@ def test_both_languages_are_complete():
     assert [k for k in unused if not k.startswith(("label.", "yes", "no"))] == []
 
 
+def test_studies_of_earlier_versions_are_told_in_the_same_words():
+    en, ja = (json.loads((PAGE / f"{name}.json").read_text(encoding="utf-8")) for name in report.LANGUAGES)
+    for strings in (en, ja):
+        assert strings["label.CFG as it was"] == strings["label.baseline"]
+    for old, new in (
+        ("Network rows an image", "Network evaluations per image"),
+        ("Seconds an image", "Seconds per image"),
+    ):
+        assert ja[f"name.{old}"] == ja[f"name.{new}"]
+
+
 def test_large_images_become_jpegs_within_the_budget(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 255, (6, 400, 300, 3), dtype=np.uint8)
     paths = [tmp_path / f"{i}.png" for i in range(6)]
@@ -188,9 +198,8 @@ def test_what_is_no_study_is_refused(tmp_path, copy):
 
 
 def test_the_command_makes_it_again(copy, capsys):
-    run = [sys.executable, "-m", "guidance_interval.tune.report"]
-    done = subprocess.run([*run, str(copy), "--language", "ja"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == f"wrote {copy / 'report.html'}"
+    assert cli.main(["report", str(copy), "--language", "ja"]) == 0
+    assert capsys.readouterr().out == f"wrote {copy / 'report.html'}\n"
     assert '<html lang="ja">' in (copy / "report.html").read_text(encoding="utf-8")
-    assert report.main([str(copy / "confirmed")]) == 2
+    assert cli.main(["report", str(copy / "confirmed")]) == 2
     assert re.fullmatch("guidance-interval: error: .* holds no confirmed.json; .*\n", capsys.readouterr().err)

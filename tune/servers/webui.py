@@ -9,14 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from ..errors import UserError, plain
-from ..interval_text import BOTH_PASSES, CONDITIONAL_ONLY, CUSTOM, TITLE
-from . import backends
-from .backends import Refused, Rendered
-from .client import Client, Gone, read_image
-from .workflow import content_of
+from ...errors import UserError, plain
+from ...files import content_of
+from ...interval_text import BOTH_PASSES, CONDITIONAL_ONLY, CUSTOM, TITLE
+from .backend import Refused, Rendered, paste
+from .client import ALONE, FAILURES, SILENCE, Client, Gone, read_image
 
-SILENCE, ALONE, FAILURES = 600, 120, 5  # As in servers.py.
 POLL = 1.0  # Seconds between looks at the progress, and until it is asked again.
 # What is rendered where no picture says otherwise; names as the API has them: (name in a picture's parameters, value).
 DEFAULTS = {
@@ -66,7 +64,7 @@ class WebUI:
             self.parameters |= self._read(picture)
         self.weight = self.parameters["cfg_scale"]
         if not 1 < self.weight <= 1000:
-            why = "there is no guidance to limit" if self.weight <= 1 else "no web UI takes so much"
+            why = "there is no guidance to limit" if self.weight <= 1 else "no web UI takes more than 1000"
             raise UserError(f"the picture {str(picture)!r} has CFG scale {self.weight:g}: {why}")
         self.source = str(self.client) if picture is None else Path(picture).name
         self.identity = {"checkpoint": checkpoint, "parameters": self.parameters}
@@ -90,7 +88,7 @@ class WebUI:
         try:
             kept = {k: type(value)(found[name]) for k, (name, value) in DEFAULTS.items() if found.get(name) is not None}
         except (TypeError, ValueError, OverflowError) as e:
-            raise UserError(f"picture {str(picture)!r} holds parameters that are none ({plain(e, 100)})") from e
+            raise UserError(f"picture {str(picture)!r} holds invalid parameters ({plain(e, 100)})") from e
         if "Schedule type" not in found:
             kept["scheduler"] = "Automatic"
         return kept
@@ -183,7 +181,7 @@ class WebUI:
         told = ", ".join(f"{k} {v}" for k, v in self.parameters.items() if v != "")
         return [f"web UI: {self.client}, {self.identity['checkpoint']}", f"  {told}"]
 
-    paste = staticmethod(backends.paste)
+    paste = staticmethod(paste)
 
     def close(self):
         """The web UI goes on."""

@@ -1,7 +1,7 @@
 """What the tuner asks of whatever renders: given settings, prompts and seeds, images come back as they are finished.
 
 A backend has
-- `source` and `host`, as the report names them; `weight`, the guidance weight of CFG as it was;
+- `source` and `host`, as the report names them; `weight`, the guidance weight of the baseline, which is CFG everywhere;
 - `identity`, what moves its images beside setting, prompt and seed: a study is of one identity;
 - `prompts`, its own ones, or None if they must be given;
 - `sigmas`, the noise levels [N] of an image's evaluations in EDM units, or None where nobody tells them;
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ..errors import plain
-from ..interval_text import CONDITIONAL_ONLY, INTERVAL_KEY, LARGEST, format_interval
-from ..sampler_patch import GuidanceInterval
+from ...errors import plain
+from ...interval_text import CONDITIONAL_ONLY, INTERVAL_KEY, LARGEST, SIGMA_NODE, format_interval
+from ...sampler_patch import GuidanceInterval
 
 
 class Refused(Exception):
-    """A host's answer, in its own words, to a job that it does not do, such as out of memory."""
+    """A host's answer, in its own words, to a job that it cannot do, such as out of memory."""
 
     def __init__(self, text):
         super().__init__(plain(text))
@@ -57,7 +57,10 @@ class Setting:
         return f"{'everywhere' if everywhere else self.interval} w={self.weight:g}"
 
     def rows(self, sigmas):
-        """Network rows an image, or None where `sigmas`, those of its evaluations, are not known."""
+        """Network evaluations per image: of its noise levels `sigmas`, or None where they are not known.
+
+        A guided step evaluates the network twice, with and without the prompt.
+        """
         if sigmas is None:
             return None
         guided = 0 if self.conditional_only else self.interval.mask(sigmas).sum().item()
@@ -83,7 +86,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Rendered:
-    """One image, its network rows and the seconds that it took, each None where nobody knows."""
+    """One image, its network evaluations (rows) and the seconds that it took, each None where nobody knows."""
 
     image: Image.Image
     rows: float | None
@@ -98,7 +101,7 @@ def paste_comfyui(setting):
         # t = 1, none comes near this bound.
         lo, hi, units = LARGEST, math.inf, "model"
     inputs = {"sigma_lo": lo, "sigma_hi": -1.0 if hi == math.inf else hi, "units": units, "outside": CONDITIONAL_ONLY}
-    return {"class_type": "GuidanceInterval", "inputs": inputs}
+    return {"class_type": SIGMA_NODE, "inputs": inputs}
 
 
 def paste_a1111(setting):

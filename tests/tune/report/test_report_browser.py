@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from guidance_interval.tune import report
+from guidance_interval.tune.report import report
 
 pytest.importorskip("plotly", reason="of the extra `tune`")
 playwright = pytest.importorskip("playwright.sync_api", reason="of the extra `dev`")
@@ -189,7 +189,7 @@ def test_nothing_tells_the_answer_before_the_end(visit):
         page.keyboard.press("a")
     assert 5 < sum(sides) < NUM - 5  # A fair coin is outside once in 13,000; the voter's name fixes it.
     kept = page.evaluate("JSON.stringify(localStorage)")
-    assert not any(label in kept for label in ("baseline", "CFG as it was", "(0.1"))
+    assert not any(label in kept for label in ("baseline", "CFG everywhere", "(0.1"))
     assert len(set(page.evaluate("plan(STUDY, 'best-1', 'Ann').map(String)"))) == NUM
     assert page.evaluate("String(plan(STUDY, 'best-1', 'Ann')) !== String(plan(STUDY, 'best-1', 'Bob'))")
 
@@ -313,7 +313,7 @@ def test_the_report_tells_what_was_found_in_both_languages(visit, study_folder):
     page.click("text=Show 24 more rows")
     assert (before, page.locator("#images img").count()) == (3 * 8, 3 * NUM)
     page.locator("#images .grid button").nth(1).click()
-    assert page.locator("dialog img").count() == 2 and "CFG as it was" in page.inner_text("dialog")
+    assert page.locator("dialog img").count() == 2 and "Baseline" in page.inner_text("dialog")
     page.keyboard.press("Escape")
     page.select_option("#language", "ja")
     assert page.get_attribute("html", "lang") == "ja" and "検証の数値を見る理由" in page.inner_text("#summary")
@@ -325,7 +325,7 @@ def test_the_report_tells_what_was_found_in_both_languages(visit, study_folder):
 
 
 def test_it_fits_a_phone_and_twice_the_size_and_speaks_to_screen_readers(visit):
-    for size, language in (((360, 640), "ja"), ((600, 425), "en")):  # The second: 1200 x 850 at 200 %.
+    for size, language in (((360, 640), "ja"), ((600, 425), "en")):  # The second: 1200 x 850 at 200%.
         page = visit(language, viewport={"width": size[0], "height": size[1]}, color_scheme="dark")
         for view in ("start", "vote", "answer", "report"):
             width = page.evaluate("document.documentElement.scrollWidth")
@@ -352,18 +352,18 @@ def test_it_fits_a_phone_and_twice_the_size_and_speaks_to_screen_readers(visit):
 @pytest.mark.parametrize(
     ("rows", "variety", "adherence", "said"),
     [
-        ("lower", "higher", [1, -4, 6], "holds up on new images: better in rows and variety."),
-        ("lower", "unclear", [-2, -4, -1], "holds up on new images: better in rows."),  # Less, but no more than 5.
+        ("lower", "higher", [1, -4, 6], "holds up on new images: better in NFE and variety."),
+        ("lower", "unclear", [-2, -4, -1], "holds up on new images: better in NFE."),  # Less, but no more than 5.
         (
             "lower",
             "higher",
             [1, -6, 8],
-            "better in rows and variety on new images. Whether adherence kept up is not clear.",
+            "better in NFE and variety on new images. Whether adherence kept up is not clear.",
         ),
         ("lower", "higher", [1, None, None], "Whether adherence kept up is not clear."),
-        ("lower", "higher", [-4, -7, -1], "is a trade: better in rows and variety, worse in adherence."),
-        ("lower", "lower", [1, -4, 6], "is a trade: better in rows, worse in variety."),
-        ("higher", "unclear", [1, -4, 6], "did not hold up on new images: worse in rows."),
+        ("lower", "higher", [-4, -7, -1], "is a trade: better in NFE and variety, worse in adherence."),
+        ("lower", "lower", [1, -4, 6], "is a trade: better in NFE, worse in variety."),
+        ("higher", "unclear", [1, -4, 6], "did not hold up on new images: worse in NFE."),
         ("unclear", "unclear", [-9, -12, -6], "did not hold up on new images: worse in adherence."),
         ("unclear", "unclear", [0, -1, 1], "shows no clear difference on new images."),
     ],
@@ -375,7 +375,7 @@ def test_the_headline_says_what_the_confirmation_bears_out(shared, rows, variety
                  "adherence": {"verdict": verdict, "difference": adherence}}  # fmt: skip
     setting = {"sigma_lo": 0.1, "sigma_hi": 3.5, "weight": 2.5, "label": "", "confirmed": confirmed}
     text = shared.evaluate("s => headline(s)", setting)
-    assert text.startswith("The interval (0.1, 3.5] with weight 2.5 ") and text.endswith(said)
+    assert text.startswith("The guidance interval (0.1, 3.5] with weight 2.5 ") and text.endswith(said)
 
 
 def test_conditional_only_is_used_without_a_node_or_a_preset(shared):

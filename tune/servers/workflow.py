@@ -8,41 +8,22 @@ import copy
 import graphlib
 import json
 import math
-import os
-from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
-from ..errors import UserError, plain
-from ..measure.folder import UNREADABLE, first_line
-from .backends import paste_comfyui
+from ...errors import UserError, plain
+from ...files import content_of
+from ...interval_text import COMPARE_NODE, GUIDER_NODE, PATCH_NODES, PRESET_NODE, SIGMA_NODE
+from ...measure.folder import UNREADABLE, first_line
+from .backend import paste_comfyui
 
-PATCHES = {"GuidanceInterval", "GuidanceIntervalPercent", "GuidanceIntervalSteps", "GuidanceIntervalPreset"}
-GUIDER, COMPARE = "GuidanceIntervalGuider", "GuidanceIntervalCompare"
-PROBE = ("GuidanceIntervalSchedule", "BasicScheduler", "PreviewAny")  # What tells a schedule.
 WEIGHTS = ("cfg", "cfg_conds")
 SEEDS = ("seed", "noise_seed")
 TEXTS = ("text", "prompt", "text_g", "text_l", "clip_l", "clip_g", "t5xxl", "subgroup", "string", "value")
 HERE = "{prompt}"
-STEPS = 10_000  # No sampler of the host has more; an end beyond them is none.
 MOST_CFG = 1000.0
-LARGEST, DEEPEST = 256 * 2**20, 100  # Of a file that is given, in bytes; of what lies in each other in a workflow.
+DEEPEST = 100  # Of what lies in each other in a workflow.
 EXPORT = "open it in ComfyUI, choose Workflow > Export (API), and give that file"
-
-
-def content_of(path, what, most=LARGEST):
-    """The bytes of a file that is given; raises UserError, naming it, for what is none, and what is too large."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{what} {str(path)!r} is not a file")
-        if (size := os.path.getsize(path)) > most:
-            raise UserError(f"{what} {str(path)!r} is too large ({size / 2**20:.0f} MB, at most {most / 2**20:.0f})")
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{what} {str(path)!r} cannot be read ({getattr(e, 'strerror', None) or e})") from e
 
 
 def read(path):
@@ -180,7 +161,7 @@ class Workflow:
     def _refuse(self, what):
         raise UserError(f"workflow {self.path!r} {plain(what)}")
 
-    def _named(self, n):
+    def named(self, n):
         return _named(n, self.nodes[n])
 
     def _links(self, n, kind):
@@ -202,7 +183,7 @@ class Workflow:
         for n, node in self.nodes.items():
             name, inputs = node["class_type"], self.types.inputs(node["class_type"])
             models = [k for k, kind in inputs.items() if kind == "MODEL"]
-            if not models or "MODEL" in self.types.outputs(name) or name == COMPARE:
+            if not models or "MODEL" in self.types.outputs(name) or name == COMPARE_NODE:
                 continue
             if any(k in inputs for k in WEIGHTS):
                 found.append(n)
@@ -211,7 +192,7 @@ class Workflow:
         if not found:
             if without:
                 self._refuse(
-                    f"has no guidance to limit: {self._named(without[0])} has no cfg. Models that were distilled run "
+                    f"has no guidance to limit: {self.named(without[0])} has no cfg. Models that were distilled run "
                     "without an unconditional pass"
                 )
             self._refuse("has no sampler: no node takes a model and a cfg")
@@ -236,7 +217,7 @@ class Workflow:
                     found[n] = rank, samplers, above
         if not found:
             self._refuse("saves no image that a sampler made: add a Save Image node")
-        listed = ", ".join(self._named(n) for n in sorted(found, key=_order))
+        listed = ", ".join(self.named(n) for n in sorted(found, key=_order))
         if chosen is not None:
             if chosen not in found:
                 self._refuse(f"has no image of a sampler at --output-node {chosen}; there is {listed}")
@@ -248,7 +229,7 @@ class Workflow:
             self._refuse(f"saves images of different samplers: name one with --output-node ID, of {listed}")
         best = min(last, key=lambda n: (-len(found[n][2]), _order(n)))  # Whatever else is done to an image comes later.
         if len(found) > 1:
-            self.changes.append(f"{self._named(best)} has the image that is judged; --output-node ID names another one")
+            self.changes.append(f"{self.named(best)} has the image that is judged; --output-node ID names another one")
         return best
 
     def _in_order(self):
@@ -267,9 +248,9 @@ class Workflow:
             key = next(k for k in WEIGHTS if k in self.types.inputs(self.nodes[n]["class_type"]))
             value = self._literal(self.nodes[n]["inputs"].get(key))
             if value is None:
-                self._refuse(f"has a cfg at {self._named(n)} that another node computes: type a number there")
+                self._refuse(f"has a cfg at {self.named(n)} that another node computes: type a number there")
             if not abs(value) <= MOST_CFG:
-                self._refuse(f"has a cfg of {_short(value)} at {self._named(n)}: type one up to {MOST_CFG:g} there")
+                self._refuse(f"has a cfg of {_short(value)} at {self.named(n)}: type one up to {MOST_CFG:g} there")
             found[n] = key, float(value)
         self.samplers = [n for n in self.samplers if found[n][1] > 1]
         self.weight_inputs = [(n, found[n][0]) for n in self.samplers]
@@ -287,14 +268,13 @@ class Workflow:
         if not is_link(value):
             return value if _is_number(value) else None
         node = self.nodes.get(str(value[0]), {"inputs": {}})
-        if node.get("class_type") == "GuidanceIntervalPreset":
-            from ..presets import get_preset
+        if node.get("class_type") == PRESET_NODE:
+            from ...presets import get_preset
 
             try:
-                value = get_preset(node["inputs"].get("preset")).weight or node["inputs"].get("cfg")
+                return get_preset(node["inputs"].get("preset")).weight
             except ValueError:
                 return None
-            return value if _is_number(value) else None
         numbers = [v for v in node["inputs"].values() if _is_number(v)]
         return numbers[0] if len(numbers) == 1 else None
 
@@ -312,7 +292,7 @@ class Workflow:
                 if name in ("positive", "cond1", "conditioning") and is_link(value):
                     found.update(self._texts_above(value))
         if len(found) != 1:
-            where = ", ".join(self._named(n) for n in sorted(found, key=_order))
+            where = ", ".join(self.named(n) for n in sorted(found, key=_order))
             self._refuse(
                 f"has {len(found)} nodes with text for the positive prompt{': ' + where if where else ''}: write "
                 f"{HERE} where the prompts are to go"
@@ -351,18 +331,18 @@ class Workflow:
         keep = self._ancestors(self.output) | {self.output}
         for n in [n for n in self.nodes if n not in keep]:
             if self.types.is_output(self.nodes[n]["class_type"]):
-                self.changes.append(f"{self._named(n)} is left out")
+                self.changes.append(f"{self.named(n)} is left out")
             del self.nodes[n]
         output = self.nodes[self.output]
         if output["class_type"] == "SaveImage":
-            self.changes.append(f"{self._named(self.output)} previews instead of saving")
+            self.changes.append(f"{self.named(self.output)} previews instead of saving")
             images = next(iter(self._links(self.output, "IMAGE").values()))
             self.nodes[self.output] = {"class_type": "PreviewImage", "inputs": {"images": images}}
         for n, node in self.nodes.items():
             size = node["inputs"].get("batch_size")
             if isinstance(size, int) and size > 1:
                 node["inputs"]["batch_size"] = 1
-                self.changes.append(f"{self._named(n)} makes one image instead of {size}: each has a seed of its own")
+                self.changes.append(f"{self.named(n)} makes one image instead of {size}: each has a seed of its own")
 
     def _insert(self):
         """The ids of the nodes that hold the interval: new ones before the samplers, or guiders that have it."""
@@ -371,9 +351,9 @@ class Workflow:
         held, by_model = [], {}
         for n in self.samplers:
             if not before[n]:
-                self._refuse(f"has no model at {self._named(n)}: connect one there")
-            if self.nodes[n]["class_type"] == GUIDER:
-                self.changes.append(f"{self._named(n)} is given the intervals")
+                self._refuse(f"has no model at {self.named(n)}: connect one there")
+            if self.nodes[n]["class_type"] == GUIDER_NODE:
+                self.changes.append(f"{self.named(n)} is given the intervals")
                 held.append(n)
                 continue
             for key, (m, slot) in self._links(n, "MODEL").items():
@@ -382,13 +362,13 @@ class Workflow:
                     by_model[source] = f"guidance-interval-{len(by_model) + 1}"
                 self.nodes[n]["inputs"][key] = [by_model[source], 0]
                 old = str(before[n][key][0])
-                replaced = old in self.nodes and self.nodes[old]["class_type"] in PATCHES
+                replaced = old in self.nodes and self.nodes[old]["class_type"] in PATCH_NODES
                 self.changes.append(
-                    f"{self._named(n)}: Guidance Interval "
-                    + (f"replaces {self._named(old)}" if replaced else f"goes before its {key}")
+                    f"{self.named(n)}: Guidance Interval "
+                    + (f"replaces {self.named(old)}" if replaced else f"goes before its {key}")
                 )
         for source, n in by_model.items():
-            self.nodes[n] = {"class_type": "GuidanceInterval", "inputs": {"model": list(source)}}
+            self.nodes[n] = {"class_type": SIGMA_NODE, "inputs": {"model": list(source)}}
         return [*by_model.values(), *held]
 
     def _take_off(self):
@@ -396,17 +376,17 @@ class Workflow:
         for n in self._in_order():
             for key, (m, _) in self._links(n, "MODEL").items():
                 patch = self.nodes.get(str(m))
-                if patch is None or patch["class_type"] not in PATCHES:
+                if patch is None or patch["class_type"] not in PATCH_NODES:
                     continue
                 if not is_link(patch["inputs"].get("model")):
-                    self._refuse(f"has no model at {self._named(str(m))}: connect one there")
+                    self._refuse(f"has no model at {self.named(str(m))}: connect one there")
                 self.nodes[n]["inputs"][key] = patch["inputs"]["model"]  # Which is past those before it.
 
     # ------------------------------------------------------------------------
     # What is sent.
 
-    def graph(self, setting, prompt, seed):
-        """The prompt of the API for one image."""
+    def graph(self, setting, prompt=None, seed=None):
+        """The prompt of the API for one image; where prompt or seed is None, with what the file has."""
         nodes = copy.deepcopy(self.nodes)
         limits = paste_comfyui(setting)["inputs"]
         for n in self.limits:
@@ -414,85 +394,24 @@ class Workflow:
         if not setting.conditional_only:
             for n, key in self.weight_inputs:
                 nodes[n]["inputs"][key] = setting.weight
-        for n, key in self.texts:
+        for n, key in self.texts if prompt is not None else ():
             old = nodes[n]["inputs"][key]
             nodes[n]["inputs"][key] = old.replace(HERE, prompt) if HERE in old else prompt
-        for n, key in self.seeds:
+        for n, key in self.seeds if seed is not None else ():
             nodes[n]["inputs"][key] = seed
         return nodes
 
-    def probe(self):
-        """`(graph, [Table])` whose outputs tell the schedules that are sampled, or None where they are not known."""
-        if not all(name in self.types for name in PROBE):
-            return None
-        nodes, tables = copy.deepcopy(self.nodes), []
-        for n in self.samplers:
-            model = next(iter(self._links(n, "MODEL").values()))
-            for sigmas, steps in self._schedules(n):
-                if steps is None:
-                    return None
-                here = f"probe-{len(tables)}"
-                if isinstance(sigmas, dict):
-                    nodes[f"{here}-sigmas"] = {"class_type": "BasicScheduler", "inputs": sigmas | {"model": model}}
-                    sigmas = [f"{here}-sigmas", 0]
-                limit = {"model": model, "sigma_lo": 0.0, "sigma_hi": -1.0}
-                nodes[f"{here}-model"] = {"class_type": "GuidanceInterval", "inputs": limit}
-                nodes[here] = {
-                    "class_type": "GuidanceIntervalSchedule",
-                    "inputs": {"model": [f"{here}-model", 0], "sigmas": sigmas},
-                }
-                tables.append(Table(f"{here}-table", self._named(n), *steps))
-                nodes[tables[-1].node] = {"class_type": "PreviewAny", "inputs": {"source": [here, 1]}}
-        del nodes[self.output]
-        for n in self.limits:
-            if nodes[n]["class_type"] == "GuidanceInterval":
-                nodes[n]["inputs"] |= {"sigma_lo": 0.0, "sigma_hi": -1.0}
-        return nodes, tables
-
-    def _schedules(self, n):
-        """`[(link or inputs of a BasicScheduler, (first step, end))]` that a sampler, or those of a guider, go through.
-
-        The steps are None where nobody tells them.
-        """
-        guided = [m for m in self.nodes if n in (str(link[0]) for link in self._links(m, "GUIDER").values())]
-        found = [link for m in (n, *guided) for link in self._links(m, "SIGMAS").values()]
-        if found:
-            return [(link, (0, STEPS)) for link in found]
-        inputs = self.nodes[n]["inputs"]
-        scheduler = {"denoise": 1.0} | {k: inputs[k] for k in ("scheduler", "steps", "denoise") if k in inputs}
-        steps = tuple(self._literal(inputs.get(k, v)) for k, v in (("start_at_step", 0), ("end_at_step", STEPS)))
-        known = None not in steps and len(scheduler) == 3
-        return [(scheduler, tuple(int(min(max(s, 0), STEPS)) for s in steps) if known else None)]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where a probe tells a schedule: at `node`; the sampler `named` goes from its step `first` to before `end`."""
-
-    node: str
-    named: str
-    first: int
-    end: int
-
-    def levels(self, outputs):
-        """The noise levels in `{node: output}`; raises LookupError, TypeError or ValueError where they are not told."""
-        levels = schedule_levels("\n".join(outputs[self.node]["text"]))
-        if not levels or not all(level >= 0 for level in levels):
-            raise ValueError("no schedule was told")
-        return levels[self.first : self.end]
-
-
-def schedule_levels(table):
-    """The noise levels, in EDM units, of a table of *Guidance Interval Schedule*."""
-    rows = [line.split() for line in table.splitlines()]
-    return [math.inf if r[1] == "inf" else float(r[1]) for r in rows if len(r) == 4 and r[0].isdigit()]
+    def unforeseen(self, known):
+        """Of its samplers and guiders those with which none of the `known` nodes samples."""
+        guided = {str(link[0]) for n in known for link in self._links(n, "GUIDER").values()}
+        return [n for n in self.samplers if n not in guided.union(known)]
 
 
 def missing(graph, types):
     """What a server lacks of a workflow: `[words]`."""
     lacking = sorted({n["class_type"] for n in graph.values() if n["class_type"] not in types})
     found = [plain(f"the node {name}", 80) for name in lacking]
-    if "GuidanceInterval" not in types:
+    if SIGMA_NODE not in types:
         found.insert(0, "our node Guidance Interval (clone this repository into its custom_nodes and restart it)")
     for n, node in graph.items():
         kinds = types.inputs(node["class_type"])

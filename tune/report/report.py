@@ -1,30 +1,28 @@
 """The report of a study: one HTML file that needs no network, with a blind vote before the numbers.
 
-It is made of confirmed.json and the images beside it, again at any time: `python -m guidance_interval.tune.report
-FOLDER`. The page is in `page/`; here the data is checked, the images are embedded, and both are put together.
+It is made of confirmed.json and the images beside it, again at any time: `guidance-interval report FOLDER`. The page is
+in `page/`; here the data is checked, the images are embedded, and both are put together.
 
 What tells which image is which is sealed, so that neither the source of the page nor its inspector betrays it to
 someone who votes: the images lie in random order without names or metadata, and the rest is enciphered with a key
 that is in the page. That keeps an honest voter honest, and nobody else.
 """
 
-import argparse
 import base64
 import hashlib
 import html
 import io
 import json
 import random
-import sys
 from pathlib import Path
 
 from PIL import Image
 
-from ..errors import UserError
-from ..files import atomic_path
-from ..measure.folder import UNREADABLE, decode, first_line
+from ...errors import UserError
+from ...files import atomic_path
+from ...measure.folder import UNREADABLE, decode, first_line
+from .. import LANGUAGES
 
-LANGUAGES = "en", "ja"
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = "statistics.js", "votes.js", "figures.js", "page.js"
 
@@ -207,24 +205,3 @@ def plotly():
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs().replace("</script", "<\\/script")
-
-
-def main(argv=None):
-    """The command: `python -m guidance_interval.tune.report FOLDER`."""
-    p = argparse.ArgumentParser(
-        prog="python -m guidance_interval.tune.report", description="Make report.html of a study's folder again."
-    )
-    p.add_argument("folder", type=Path, help="the --out folder of `guidance-interval tune`, with confirmed.json in it")
-    p.add_argument("--language", choices=LANGUAGES, default="en", help="in which the page opens; it holds both")
-    args = p.parse_args(argv)
-    try:
-        path = write_report(args.folder, args.language)
-    except UserError as e:
-        print(f"guidance-interval: error: {e}", file=sys.stderr)
-        return 2
-    print(f"wrote {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

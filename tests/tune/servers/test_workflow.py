@@ -6,9 +6,11 @@ import os
 import time
 
 import pytest
+from guidance_interval import files
 from guidance_interval.errors import UserError
-from guidance_interval.tune import command, workflow
-from guidance_interval.tune.backends import CONDITIONAL, Setting, everywhere
+from guidance_interval.tune import command
+from guidance_interval.tune.servers import workflow
+from guidance_interval.tune.servers.backend import CONDITIONAL, Setting, everywhere
 
 
 def node(output=(), required=None, optional=None, output_node=False):
@@ -37,8 +39,6 @@ INFO = {
     "SplitSigmas": node(["SIGMAS", "SIGMAS"], {"sigmas": "SIGMAS", "step": "INT"}),
     "ModelMergeSimple": node(["MODEL"], {"model1": "MODEL", "model2": "MODEL"}),
     "ImageScale": node(["IMAGE"], {"image": "IMAGE"}),
-    "GuidanceIntervalSchedule": node(["IMAGE", "STRING"], {"model": "MODEL", "sigmas": "SIGMAS"}, output_node=True),
-    "PreviewAny": node([], {"source": "*"}, output_node=True),
     "LoraLoaderModelOnly": node(["MODEL"], {"model": "MODEL", "strength_model": "FLOAT"}),
     "GuidanceInterval": node(["MODEL"], {"model": "MODEL", "sigma_lo": "FLOAT", "sigma_hi": "FLOAT"}),
     "GuidanceIntervalGuider": node(
@@ -190,75 +190,37 @@ def test_of_images_that_have_nothing_in_common_one_must_be_named():
 
 
 # ----------------------------------------------------------------------------
-# Which schedules are sampled.
+# Which samplers there are.
 
 
-def tables(graph):
-    """`{sampler: (inputs of its schedule's node, levels of a schedule of six)}` of a probe."""
-    nodes, found = made(graph).probe()
-    text = "\n".join(f"{i} {sigma} {sigma} yes" for i, sigma in enumerate([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]))
-    told = []
-    for table in found:
-        source = nodes[nodes[nodes[table.node]["inputs"]["source"][0]]["inputs"]["sigmas"][0]]
-        told.append((table.named, source, table.levels({table.node: {"text": [text]}})))
-    return told
-
-
-def test_a_samplers_schedule_is_asked_with_its_own_steps_and_denoise():
-    graph = hires()
-    graph["15"]["inputs"]["denoise"] = ["20", 0]
-    graph["20"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 0.4}}
-    (first, one, levels), (second, two, _) = tables(graph)
-    assert (first, second) == ("node 5 (KSampler)", "node 15 (KSampler)") and levels == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
-    wanted = {"scheduler": "karras", "steps": 20, "model": ["guidance-interval-1", 0]}
-    assert one == {"class_type": "BasicScheduler", "inputs": wanted | {"denoise": 1.0}}
-    assert two == {"class_type": "BasicScheduler", "inputs": wanted | {"denoise": ["20", 0]}}
-    graph["15"]["inputs"]["denoise"] = 0.5
-    assert tables(graph)[1][1]["inputs"]["denoise"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("steps", "levels"),
-    [
-        ({}, [6, 5, 4, 3, 2, 1]), ({"start_at_step": 2}, [4, 3, 2, 1]), ({"end_at_step": 2}, [6, 5]),
-        ({"start_at_step": 1, "end_at_step": 3}, [5, 4]), ({"start_at_step": 4, "end_at_step": 10000}, [2, 1]),
-        ({"start_at_step": 9}, []), ({"start_at_step": 3, "end_at_step": 3}, []),
-        ({"end_at_step": 10**400}, [6, 5, 4, 3, 2, 1]),
-        ({"start_at_step": ["20", 0]}, [3, 2, 1]), ({"start_at_step": -5}, [6, 5, 4, 3, 2, 1]),
-    ],
-)  # fmt: skip
-def test_only_the_steps_that_a_sampler_goes_through_are_counted(steps, levels):
-    graph = plain()
-    inputs = {k: v for k, v in graph["5"]["inputs"].items() if k != "seed"} | {"noise_seed": 1, **steps}
-    graph["5"] = {"class_type": "KSamplerAdvanced", "inputs": inputs}
-    graph["20"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 3}}
-    ((_, _, found),) = tables(graph)
-    assert found == levels
-    graph["5"]["inputs"]["start_at_step"] = ["4", 0]  # Whatever comes from there.
-    assert made(graph).probe() is None
-
-
-def test_a_guider_that_two_samplers_have_goes_through_both_schedules():
+def two_stages():
+    """A guider that two samplers have, one after the other."""
     graph = plain()
     graph["12"] = {"class_type": "CFGGuider", "inputs": {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0],
                                                          "cfg": 5.0}}  # fmt: skip
     graph["11"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}}
     graph["13"] = {"class_type": "BasicScheduler", "inputs": {"model": ["1", 0], "steps": 6, "denoise": 1.0}}
-    graph["14"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": [13, 0], "step": 3}}
+    graph["14"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["13", 0], "step": 3}}
     for n, slot, latent in (("5", 0, ["4", 0]), ("15", 1, ["5", 0])):
         graph[n] = {"class_type": "SamplerCustomAdvanced",
                     "inputs": {"noise": ["11", 0], "guider": [12, 0], "sigmas": ["14", slot],
                                "latent_image": latent}}  # fmt: skip
     graph["6"]["inputs"]["samples"] = ["15", 0]
-    nodes, found = made(graph).probe()
-    sources = [nodes[nodes[t.node]["inputs"]["source"][0]]["inputs"]["sigmas"] for t in found]
-    assert sources == [["14", 0], ["14", 1]]
+    return graph
 
 
-@pytest.mark.parametrize("text", ["", "no table", "0 nan nan yes", "0 -1 -1 yes", "0 x x yes"])
-def test_a_schedule_that_is_none_is_no_schedule(text):
-    with pytest.raises(ValueError):
-        workflow.Table("t", "a", 0, 9).levels({"t": {"text": [text]}})
+def test_a_sampler_or_guider_is_foreseen_when_something_samples_with_it():
+    flow = made(hires())
+    assert flow.unforeseen(["5", "15"]) == [] and flow.unforeseen(["15"]) == ["5"]
+    assert flow.unforeseen([]) == ["5", "15"]
+    flow = made(two_stages())
+    assert flow.samplers == ["12"]
+    assert flow.unforeseen(["5", "15"]) == flow.unforeseen(["15"]) == [] and flow.unforeseen(["1"]) == ["12"]
+
+
+def test_a_graph_may_keep_its_own_prompt_and_seed():
+    sent = made(plain()).graph(everywhere(7.0))
+    assert (sent["2"]["inputs"]["text"], sent["5"]["inputs"]["seed"]) == ("a cat", 1)
 
 
 # ----------------------------------------------------------------------------
@@ -403,9 +365,9 @@ def test_a_file_that_is_none_or_too_large_is_not_read(tmp_path, monkeypatch):
             command.read_prompts(str(name))
     (tmp_path / "w.json").write_text("{}" + " " * 100)
     with pytest.raises(UserError, match=r"w.json' is too large .0 MB, at most 0."):
-        workflow.content_of(tmp_path / "w.json", "workflow", 50)
+        files.content_of(tmp_path / "w.json", "workflow", 50)
     with pytest.raises(UserError, match="cannot be read"):
-        workflow.content_of("a\0b", "workflow")
+        files.content_of("a\0b", "workflow")
 
 
 @pytest.mark.parametrize("info", [None, [], 7, "a"])

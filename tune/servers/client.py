@@ -20,9 +20,13 @@ import anyio
 import httpx
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import UserError, plain, quoted, without_password
-from ..measure.folder import UNREADABLE, decode, first_line
-from .backends import Refused
+from ...errors import UserError, plain, quoted, without_password
+from ...measure.folder import UNREADABLE, decode, first_line
+from .backend import Refused
+
+SILENCE = 600  # Seconds without a word of a job's progress until its server counts as hanging.
+ALONE = 120  # Seconds without any server until the command ends.
+FAILURES = 5  # Of a server that answers in between, without an image, until it is out for good.
 
 SILENT = logging.Logger("websockets", logging.CRITICAL + 1)  # What breaks is raised, too.
 FORMATS = ("PNG", "JPEG", "WEBP")  # What servers send; Pillow knows some that start other programs.

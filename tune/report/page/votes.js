@@ -129,7 +129,7 @@ function mergeBallots(ballots, incoming) {
 /** What the ballots say of a setting: {pairs: [{index, wins, losses, ties}], votes, wins, losses, ties, test}.
  *
  * A pair counts once, for the side that more of its votes chose: several votes on one pair are of the same two images,
- * and would make the interval too narrow if they counted as so many pairs. */
+ * and would make the confidence interval too narrow if they counted as so many pairs. */
 function tally(study, ballots, setting) {
   const known = imagesByCode(study), pairs = new Map();
   let votes = 0;

@@ -19,17 +19,15 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError, plain
-from . import backends, workflow
-from .backends import Refused, Rendered
-from .client import Client, Gone
+from ...errors import UserError, plain
+from ...interval_text import DEMO_MODEL_NODE, FORECAST_PATH
+from . import schedule, workflow
+from .backend import CONDITIONAL, Refused, Rendered, paste
+from .client import ALONE, FAILURES, SILENCE, Client, Gone
 
 AHEAD = 2  # Jobs that a server has at a time: one at work and one waiting.
-SILENCE = 600  # Seconds without a word of a job's progress until its server counts as hanging.
 LOOK = 2  # Seconds until it is asked what is done, if it does not tell.
 RETRY = 2  # Seconds until a server that went away is asked again.
-ALONE = 120  # Seconds without any server until the command ends.
-FAILURES = 5  # Of a server that answers in between, without an image, until it is out for good.
 
 
 class Server:
@@ -81,6 +79,24 @@ class Server:
         begin, end = (_dict(told.get(n)).get("timestamp") for n in ("execution_start", "execution_success"))
         timed = all(type(t) in (int, float) for t in (begin, end)) and 0 <= end - begin < math.inf
         return outputs, (end - begin) / 1000 if timed else None
+
+    def wait(self, job):
+        """What `finished` says of a job in the end."""
+        begin = time.monotonic()
+        while (found := self.finished(job)) is None:
+            if time.monotonic() - begin > SILENCE:
+                self.drop([job])
+                raise Gone(f"{self} has not rendered an image in {SILENCE} s")
+            time.sleep(0.2)
+        return found
+
+    def forecast(self, graph, node, sampler=None):
+        """What our nodes there forecast of a prompt: the `schedule.Forecast` of an interval node's sampler."""
+        question = {"prompt": graph, "node": node, "client": self.id} | ({"sampler": sampler} if sampler else {})
+        answer = self.client.post(FORECAST_PATH, question)
+        if words := _refusal(200, answer[0]):
+            raise Refused(words)
+        return self.client.read(FORECAST_PATH, answer, lambda told: schedule.read(told, graph))
 
     def image(self, entry):
         query = {k: str(entry.get(k, "")) for k in ("filename", "subfolder", "type")}
@@ -149,9 +165,9 @@ class Comfy:
             raise
         self.source, self.weight = Path(path).name, self.workflow.weight
         self.identity = {"workflow": _digest(self.workflow)}
-        self.shows_emoji = any(n["class_type"] == "GuidanceIntervalDemoModel" for n in graph.values())
+        self.shows_emoji = any(n["class_type"] == DEMO_MODEL_NODE for n in graph.values())
         self.schedules = []
-        self.sigmas = self._probe()
+        self.sigmas = self._levels()
 
     def _types(self, path, graph):
         """What the first server knows of its nodes; raises UserError unless all have what the workflow needs."""
@@ -162,7 +178,7 @@ class Comfy:
             except (Gone, Refused) as e:
                 raise UserError(f"--server {server}: no ComfyUI there ({e}); start it, or give another address") from e
             if "KSampler" not in here:
-                raise UserError(f"--server {server} is no ComfyUI: it knows no KSampler; give another address")
+                raise UserError(f"--server {server} is no ComfyUI (unknown node: KSampler); give another address")
             if found := workflow.missing(graph, here):
                 lacking.append(f"{server} lacks {', '.join(found)}")
             types = types or here
@@ -170,29 +186,14 @@ class Comfy:
             raise UserError(f"workflow {str(path)!r} cannot run: {'; '.join(lacking)}")
         return types
 
-    def _probe(self):
-        """The noise levels of an image's steps, as our schedule node tells them, or None."""
-        probe = self.workflow.probe()
-        if probe is None:
-            return None
-        graph, tables = probe
-        server = self.servers[0]
+    def _levels(self):
+        """The noise levels of all evaluations of an image, or None."""
         try:
-            job = server.queue(graph)
-            begin = time.monotonic()
-            while (found := server.finished(job)) is None:
-                if time.monotonic() - begin > SILENCE:
-                    server.drop([job])
-                    raise Gone(f"{server} has not told it for {SILENCE} s")
-                time.sleep(0.2)
-            levels = {table: table.levels(found[0]) for table in tables}
-        except (Gone, Refused, LookupError, TypeError, ValueError, AttributeError) as e:
+            levels = schedule.levels(self.servers[0], self.workflow)
+        except (Gone, Refused, schedule.Unsure) as e:
             print(f"note: the schedule cannot be told ({plain(e)}); seconds are the cost", file=sys.stderr)
             return None
-        self.schedules = [
-            f"  {table.named} goes through {len(of)} steps" + (f", sigma {of[0]:.3g} to {of[-1]:.3g}" if of else "")
-            for table, of in levels.items()
-        ]
+        self.schedules = [f"  {self.workflow.named(n)}: {_counted(of)}" for n, of in levels.items()]
         # Of several passes one falling row: what an interval guides of it is then one piece.
         every = sorted((sigma for of in levels.values() for sigma in of), reverse=True)
         return torch.tensor(every) if any(0 < sigma < math.inf for sigma in every) else None
@@ -221,7 +222,7 @@ class Comfy:
             f"servers: {', '.join(map(str, self.servers))}",
         ]
 
-    paste = staticmethod(backends.paste)
+    paste = staticmethod(paste)
 
     def close(self):
         """The servers go on."""
@@ -229,11 +230,17 @@ class Comfy:
             server.client.close()
 
 
+def _counted(levels):
+    """Noise levels in words."""
+    told = f"{len(levels)} evaluation{'s' * (len(levels) != 1)}"
+    return told + (f", sigma {max(levels):.3g} to {min(levels):.3g}" if levels else "")
+
+
 def _digest(made):
     """What of a workflow moves its images, beside what is set for each."""
     import hashlib
 
-    graph = made.graph(backends.CONDITIONAL, "", 0)
+    graph = made.graph(CONDITIONAL, "", 0)
     for n, key in made.weight_inputs:
         graph[n]["inputs"][key] = 0
     return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:12]
@@ -269,7 +276,7 @@ class _Work:
         """Raise UserError when no server is left, or none has answered for a while."""
         if all(s.out for s in self.there):
             told = "; ".join(s.out for s in self.there)
-            raise UserError(f"{told}. What is done is kept: put it right and run the command again")
+            raise UserError(f"{told}. What is done is kept: fix it and run the command again")
         now = time.monotonic()
         self.alone = (self.alone or now) if all(s.away or s.out for s in self.there) else None
         if self.alone is not None and now - self.alone > ALONE:
@@ -313,7 +320,7 @@ class _Work:
             print(server.out, file=sys.stderr)
             self.done.put(None)
         else:
-            print(f"{server} is left out for now: {error}", file=sys.stderr)
+            print(f"{server} is skipped for now: {error}", file=sys.stderr)
         return server.out is not None
 
     def _back(self, at_work):

@@ -60,7 +60,7 @@ function labelText(label) {
   return tOr(`label.${label}`, label);
 }
 
-/** What is set: "(0.1, 3.5], weight 2.5", or in a sentence "The interval (0.1, 3.5] with weight 2.5". */
+/** What is set: "(0.1, 3.5], weight 2.5", or in a sentence "The guidance interval (0.1, 3.5] with weight 2.5". */
 function bounds(s, sentence = false) {
   if (s.label === "conditional only") return labelText(s.label);
   const weight = plain(s.weight), end = s.sigma_hi === null ? "∞)" : `${plain(s.sigma_hi)}]`;
@@ -75,15 +75,14 @@ function rankText(setting) {
 
 /** A setting in a sentence or over a column. */
 function settingName(setting) {
-  if (setting === STUDY.settings[0]) return labelText(setting.label);
+  if (setting === STUDY.settings[0]) return t("baseline");
   return bounds(setting);
 }
 
 /** A setting in full: its rank, what is set, and the label that it was tried under. */
 function settingTitle(setting) {
-  const known = ["preset ", "conditional only", "CFG as it was"].some((name) => setting.label.startsWith(name));
-  return t("setting.title", {rank: rankText(setting), bounds: known && setting !== STUDY.settings[0]
-    ? `${labelText(setting.label)}: ${bounds(setting)}` : settingName(setting)});
+  const preset = setting.label.startsWith("preset ") ? `${labelText(setting.label)}: ` : "";
+  return t("setting.title", {rank: rankText(setting), bounds: preset + bounds(setting)});
 }
 
 /** What was tuned, and where: "txt2img.json (ComfyUI)". */
@@ -179,11 +178,10 @@ function restore() {
 // Start.
 
 function startView() {
-  const [baseline] = STUDY.settings;
   const images = STUDY.prompts.length * STUDY.seeds.length;
   const intro = [heading(t("start.heading", {name: STUDY.name})),
     h("p", {}, t("start.tuned", {origin: origin(), trials: STUDY.trials.length,
-      baseline: labelText(baseline.label), images, prompts: STUDY.prompts.length, seeds: STUDY.seeds.length}))];
+      images, prompts: STUDY.prompts.length, seeds: STUDY.seeds.length}))];
   if (!RIVALS.length) return [h("section", {class: "first"}, intro, h("p", {}, t("start.none")),
     h("p", {class: "row"}, button("start.report", openReport, {class: "main"})))];
   const open = state.ballots.filter((b) => !isDone(b)), done = state.ballots.filter(isDone);
@@ -214,7 +212,7 @@ function startView() {
     beginVote(known ?? {voter: name, setting: setting.value, pairs: Number(pairs.value), blind, votes: []});
   };
   return [h("section", {class: "first"}, intro,
-    h("p", {}, t("start.why", {baseline: labelText(baseline.label)})),
+    h("p", {}, t("start.why")),
     state.read && h("p", {}, t("start.read")),
     open.length > 0 && h("div", {class: "panel"}, h("h2", {}, t("start.goOn")), open.map((b) => h("p", {class: "row"},
       h("button", {type: "button", class: "main", onclick: () => beginVote(b)},
@@ -391,7 +389,7 @@ function answer(done) {
   if (!voted.length) return h("p", {}, t("answer.nothing"));
   const setting = voted.find((s) => s.id === state.setting) ?? voted[0];
   const own = done.filter((b) => b.setting === setting.id), found = tally(STUDY, own, setting.id), {test} = found;
-  const names = {setting: settingName(setting), baseline: labelText(STUDY.settings[0].label)};
+  const names = {setting: settingName(setting), baseline: t("baseline")};
   const verdict = !test.n ? "none" : test.p > 0.05 ? "unclear" : test.share > 0.5 ? "won" : "lost";
   const share = test.n ? t("answer.test", {wins: found.wins, n: test.n, share: percent(test.share), low: percent(test.low),
     high: percent(test.high), p: test.p < 0.001 ? t("answer.tiny") : `p = ${number(test.p, 3)}`}) : "";
@@ -478,7 +476,7 @@ function boundOf(setting) {
   const bound = STUDY.objective.bound;
   const difference = bound && setting.confirmed[bound.metric]?.difference;
   if (!difference) return null;
-  if (difference[1] === null || difference[2] === null) return "open";  // No interval, of too few images.
+  if (difference[1] === null || difference[2] === null) return "open";  // No confidence interval, of too few images.
   // Towards the worse: what is lost, at least and at most.
   const [least, most] = metricOf(bound.metric).better === "lower" ? [difference[1], difference[2]] : [-difference[2], -difference[1]];
   return most <= bound.margin ? "held" : least > bound.margin ? "broken" : "open";
@@ -515,7 +513,7 @@ function verdictCell(key, confirmed) {
 function comparison(setting) {
   const [baseline] = STUDY.settings;
   const keys = STUDY.metrics.map((m) => m.key).filter((k) => setting.confirmed[k]);
-  return table(t("comparison.caption", {setting: settingName(setting), baseline: labelText(baseline.label)}),
+  return table(t("comparison.caption", {setting: settingName(setting)}),
     [t("comparison.metric"), t("comparison.search"), t("comparison.confirmed"), t("comparison.baseline"),
       t("comparison.difference"), t("comparison.verdict")],
     keys.map((key) => {

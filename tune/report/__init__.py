@@ -1,0 +1,1 @@
+"""The report of a study: `report.py` writes one HTML file of what is in `page/`."""
