@@ -1,11 +1,10 @@
-"""Colour emoji to train on: `python -m guidance_interval.lab.emoji` draws them from packages of the npm registry.
+"""Colour emoji to train on: `guidance-interval emoji` draws them from packages of the npm registry.
 
 Six sets of openly licensed drawings, as Iconify publishes them, and the Unicode names and subgroups of emojibase:
 the versions are pinned, so that the file is the same wherever it is made. Needs npm, and the extra `[train]`.
 Skin tones are left out, and so are drawings whose name is not a Unicode label or a common short name.
 """
 
-import argparse
 import io
 import json
 import os
@@ -25,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import atomic_path, output_file, output_folder
 
 IMAGE_SIZE = 32
 NAMES = "emojibase-data@17.0.0"  # MIT; the Unicode data in it is under the Unicode licence.
@@ -143,7 +142,7 @@ def render(resvg_py, body, box):
 
 def load(path):
     """The arrays that `draw` wrote, as a dict. Raises UserError, naming the command, if there are none."""
-    draw = f"draw the emoji with: python -m guidance_interval.lab.emoji --out {path}"
+    draw = f"draw the emoji with: guidance-interval emoji --out {path}"
     if not os.path.isfile(path):
         raise UserError(f"{str(path)!r} {'is no file' if os.path.exists(path) else 'does not exist'}; {draw}")
     try:
@@ -159,18 +158,9 @@ def load(path):
     return found
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/emoji.npz"), help="the file to write")
-    parser.add_argument("--packages", type=Path, help="keep the npm packages in this folder, or take them from it")
-    args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.packages:
-        args.packages.mkdir(parents=True, exist_ok=True)
-    arrays = draw(args.out, args.packages)
+def run(out, packages=None):
+    """Draw them and write the file `out`; packages: the folder where npm's are kept."""
+    out, packages = output_file(out), packages and output_folder(packages)
+    arrays = draw(out, packages)
     print(f"wrote {len(arrays['images']):,} images of {len(arrays['name_list']):,} emoji in "
-          f"{len(arrays['classes'])} subgroups to {args.out}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+          f"{len(arrays['classes'])} subgroups to {out}")  # fmt: skip

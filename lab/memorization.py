@@ -1,11 +1,10 @@
-"""Does the colour model copy? `python -m guidance_interval.lab.memorization` looks for the originals of its samples.
+"""Does the colour model copy? `guidance-interval memorization` looks for the originals of its samples.
 
 Every sample is compared with all training images, as they are and mirrored, and with the emoji whose names were kept
 out of training. A copy is nearer to its original than a new drawing of another thing ever is: the real drawings that
-were held out show how near that comes by chance. Needs the drawings (`lab/emoji.py`).
+were held out show how near that comes by chance. Needs the drawings that `emoji` makes.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def distances(x, others):
 
 
 def run(data_path, out, samples=1000, seed=0, device="cpu"):
-    """Sample the demo's interval, find the neighbours, draw them to `out` and return what was found, in sentences."""
+    """Sample the demo's interval, find the neighbours, draw them to `out` and print what was found."""
     own, lab = demo.DEFAULTS["emoji"], model.load(model.shipped()["emoji"], device)
     arrays = emoji.load(data_path)
     output_folder(Path(out).parent)
@@ -57,7 +56,7 @@ def run(data_path, out, samples=1000, seed=0, device="cpu"):
     order = nearest.argsort()
     rows = [order[:COLUMNS], order[torch.linspace(0, samples - 1, COLUMNS).long()]]
     plots.neighbours(out, [(x[i], train[in_train[i]], other[in_other[i]]) for i in rows])
-    return [
+    told = [
         f"{samples:,} samples at w = {setting.weight:g} in {own.interval}; RMS difference of pixels from 0 to 1, at "
         f"{POOLED} x {POOLED}.",
         f"Nearest of {len(train):,} training images: median {nearest.median():.3f}, smallest {nearest.min():.3f}. For "
@@ -66,17 +65,4 @@ def run(data_path, out, samples=1000, seed=0, device="cpu"):
         f"Nearer to one of {len(some):,} training images than to one of as many held-out ones: {nearer.mean():.1%} ± "
         f"{error:.1%} of the samples; half would be chance.",
     ]
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("out/emoji.npz"), help="what lab/emoji.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("out/memorization.png"), help="the picture to write")
-    parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    print("\n".join(run(args.data, args.out, args.samples, args.seed)))
-
-
-if __name__ == "__main__":
-    main()
+    print("\n".join(told))

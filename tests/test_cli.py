@@ -130,7 +130,7 @@ TABLE = {
         "--model": EMPTY
         | MODEL_FILE
         | {
-            "nowhere": "emoji-seed1, emoji-seed2, emoji, optdigits, got 'nowhere'",
+            "nowhere": "emoji, emoji-seed1, emoji-seed2, optdigits, got 'nowhere'",
             ":load": "model must be given as module:function",
             "math:": "model must be given as module:function",
             "nowhere:load": "model 'nowhere:load' cannot be loaded (No module named 'nowhere')",
@@ -215,6 +215,8 @@ BEGUN = {
     "tune": ["--model=emoji"],
     "report": [],
     "train": ["--device=cpu"],
+    "emoji": [],
+    "memorization": [],
     "info": [],
 }
 ALSO = {
@@ -248,7 +250,7 @@ def odd_things(paths):
 
 @pytest.mark.parametrize("command_and_option", odd_commands(), ids=" ".join)
 def test_an_odd_value_ends_in_one_line_or_the_work_begins(capsys, odd_things, monkeypatch, command_and_option):
-    from guidance_interval.lab import results, train, train_emoji
+    from guidance_interval.lab import emoji, results, train, train_emoji
     from guidance_interval.measure import folder
     from guidance_interval.tune import command as tune
 
@@ -258,7 +260,8 @@ def test_an_odd_value_ends_in_one_line_or_the_work_begins(capsys, odd_things, mo
         raise errors.UserError("begun")
 
     for module, does in ((demo, "measure_all"), (sweep, "complete"), (results, "measured"), (train, "train_classifier"),
-                         (train_emoji, "train_classifier"), (folder.Folder, "compute"), (tune, "tune")):  # fmt: skip
+                         (train_emoji, "train_classifier"), (emoji, "draw"), (folder.Folder, "compute"),
+                         (tune, "tune")):  # fmt: skip
         monkeypatch.setattr(module, does, begun)
     base = [a for a in BEGUN[name] if a.partition("=")[0] != option]
     also = ALSO.get(f"{name} {option}", [])
@@ -322,7 +325,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, error):
 def test_a_module_of_ours_that_is_missing_is_a_bug_and_another_s_is_not(monkeypatch, capsys):
     for name, known in (("mlxtend", True), ("guidance_interval.lab.nothing", False)):
         error = ModuleNotFoundError(f"No module named {name!r}", name=name)
-        monkeypatch.setattr(cli, "run_demo", lambda _, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(demo, "run", lambda error=error, **_: (_ for _ in ()).throw(error))
         if known:
             line = refused(capsys, "demo")
             assert line.endswith("in the folder of this repository, run: pip install -e '.[lab]'")
@@ -445,7 +448,7 @@ def test_a_model_file_that_finds_no_room(tmp_path):
 
 def test_a_refusal_of_the_machine_is_told_wherever_it_shows(monkeypatch, capsys):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
-    monkeypatch.setattr(cli, "run_demo", lambda _: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(demo, "run", lambda **_: (_ for _ in ()).throw(full))
     assert "No space left on device: 'somewhere'" in refused(capsys, "demo")
 
 
@@ -554,14 +557,14 @@ def test_standard_output_may_be_full_closed_or_left(steps, redirection, code, sa
 
 
 def test_a_broken_pipe_that_is_not_standard_output_is_a_bug(monkeypatch):
-    monkeypatch.setattr(cli, "run_info", lambda _: (_ for _ in ()).throw(BrokenPipeError("a worker's")))
+    monkeypatch.setattr(cli, "_run_info", lambda **_: (_ for _ in ()).throw(BrokenPipeError("a worker's")))
     with pytest.raises(BrokenPipeError):
         cli.main(["info"])
 
 
 def test_a_terminal_that_lacks_a_character():
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    code = "from guidance_interval import cli; cli.run_info = lambda _: print('… low part'); cli.main(['info'])"
+    code = "from guidance_interval import cli; cli._run_info = lambda **_: print('… low part'); cli.main(['info'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2026 low part\n", "")
 

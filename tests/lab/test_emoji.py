@@ -120,7 +120,7 @@ def test_names_are_matched_whatever_their_spelling(tmp_path):
 
 
 def test_without_the_drawings_the_command_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"draw the emoji with: python -m guidance_interval.lab.emoji --out"):
+    with pytest.raises(UserError, match=r"draw the emoji with: guidance-interval emoji --out"):
         emoji.load(tmp_path / "none.npz")
 
 
@@ -156,12 +156,13 @@ def test_a_copy_is_found_as_it_is_and_mirrored():
     assert memorization.distances(x[:1] + 0.1, others)[0].item() == pytest.approx(0.1, rel=1e-3)
 
 
-def test_the_neighbours_are_drawn_and_told(tmp_path):
+def test_the_neighbours_are_drawn_and_told(tmp_path, capsys):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
     rest = dict.fromkeys(("labels", "names", "styles"), np.zeros(60, int)) | {"classes": ["a"], "name_list": ["b"]}
     np.savez(tmp_path / "emoji.npz", images=images, held_out=np.arange(60) % 3 == 0, **rest)
-    told = memorization.run(tmp_path / "emoji.npz", tmp_path / "new" / "picture.png", samples=20)
+    memorization.run(tmp_path / "emoji.npz", tmp_path / "new" / "picture.png", samples=20)
+    told = capsys.readouterr().out.splitlines()
     assert "Nearest of 40 training images" in told[1] and "For the 20 real drawings" in told[1]
     with Image.open(tmp_path / "new" / "picture.png") as image:
         assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 24)) > 20
