@@ -7,7 +7,7 @@ import torch
 
 from ...interval_text import GUIDER_NODE, PERCENT_NODE, SIGMA_NODE, STEPS_NODE
 from .. import model_patch
-from .prompt_graph import is_link
+from .prompt_node import is_link
 
 GRID = 200
 

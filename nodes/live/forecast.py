@@ -15,7 +15,8 @@ from ...noise_level import steps_to_interval
 from ...presets import DEFAULT, get_preset
 from .. import model_patch
 from . import pure_nodes, trace
-from .prompt_graph import ANY, ASSUMED, PLAIN, SAMPLERS, Graph, Unknown, is_link
+from .prompt_graph import ASSUMED, SAMPLERS, Graph, Unknown
+from .prompt_node import ANY, PLAIN, is_link
 
 ROWS_GUIDED = {"DualCFGGuider": 3, "PerpNegGuider": 3}  # Network rows per image of a guided evaluation; others: 2.
 # Guiders for which a weight of 1, of all of these inputs, leaves nothing to guide.

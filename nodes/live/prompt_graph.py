@@ -1,8 +1,6 @@
 """A prompt as a graph: from an interval node down to its sampler, up to its model, and the values in between.
 
-A prompt is what the front end sends to be executed: {node id: {"class_type": ..., "inputs": {name: value or link}}},
-a link being [node id, output]. The page adds "types", {"inputs": {name: type}, "outputs": [type]}, for nodes that this
-server does not have. Nothing is executed but what `pure_nodes` lists, and each node once; what is unknown is noted, as
+Nothing is executed but what `pure_nodes` lists, and each node once; what is unknown is noted, as
 [code, value], for the picture to say.
 """
 
@@ -13,12 +11,12 @@ import json
 import math
 import time
 
-import nodes as host_nodes  # ComfyUI's own, which this folder does not hide: imports here are relative.
 import torch
 
 from ...interval_text import COMPARE_NODE, LIMITING_NODES, PRESET_NODE
 from ...presets import get_preset
 from . import pure_nodes, weightless
+from .prompt_node import HEAVY, NOT_SENT, SWITCHES, declared_types, is_link, is_node, may_carry, read_node
 
 SAMPLERS = {
     "KSampler": "nodes",
@@ -34,17 +32,7 @@ MOST_EXECUTED = 300
 MOST_SECONDS = 3.0
 MOST_DEPTH = 50  # Nodes that wait for each other's values.
 
-ANY = ("*", "COMFY_MATCHTYPE_V3")
-HEAVY = {  # Types of links that the page does not send.
-    *("CONDITIONING", "LATENT", "IMAGE", "MASK", "VAE", "CLIP", "CLIP_VISION", "CLIP_VISION_OUTPUT", "CONTROL_NET"),
-    *("STYLE_MODEL", "UPSCALE_MODEL", "AUDIO", "VIDEO"),
-}
-PLAIN = HEAVY | {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "SIGMAS", "SAMPLER", "NOISE"}
-# What is none of these may hold a model among other things, as contexts and pipes do.
-NOT_SENT = ("seed", "noise_seed", "control_after_generate")  # By the page.
-
 # Nodes that hand on one of their inputs: the host's switches, and rgthree's, whose first input that is there counts.
-SWITCHES = ("ComfySwitchNode", "ComfySoftSwitchNode")
 FIRST = ("Any Switch (rgthree)",)
 CONTEXTS = ("Context (rgthree)", "Context Big (rgthree)")
 CONTEXT_SWITCHES = ("Context Switch (rgthree)", "Context Switch Big (rgthree)")
@@ -80,7 +68,7 @@ class Graph:
         self.toward = toward
         if len(prompt) > MOST_NODES:
             raise ValueError(f"graphs of more than {MOST_NODES} nodes are not read")
-        self.nodes = {str(key): _node(node) for key, node in prompt.items() if _is_node(node)}
+        self.nodes = {str(key): read_node(node) for key, node in prompt.items() if is_node(node)}
         self.consumers = {}
         for key, node in self.nodes.items():
             for name, value in node["inputs"].items():
@@ -102,7 +90,7 @@ class Graph:
     def _declared(self, kind):
         """({input: type}, [type of each output]) of a class of this server, or (None, None)."""
         if kind not in self._types:
-            self._types[kind] = _declared(kind)
+            self._types[kind] = declared_types(kind)
         return self._types[kind]
 
     def input_type(self, key, name):
@@ -119,7 +107,7 @@ class Graph:
     def _hands_on(self, source, slot, key, name):
         """Whether a link may carry the model or the guider, by itself or among other things."""
         given = self.output_type(source, slot)
-        if name == "model_negative" or not _may_carry(given):
+        if name == "model_negative" or not may_carry(given):
             return False
         return self._might_take(key, name) or (given is not None and self.input_type(key, name) is None)
 
@@ -127,7 +115,7 @@ class Graph:
         """Whether an input may take a model or a guider; where nothing tells its type, its name does."""
         taken = self.input_type(key, name)
         if taken is not None:
-            return _may_carry(taken)
+            return may_carry(taken)
         return any(word in name.lower() for word in ("model", "guider", "pipe", "ctx", "context", "any"))
 
     # ------------------------------------------------------------------------
@@ -180,7 +168,7 @@ class Graph:
     def _gives_a_model(self, key):
         """Whether a node has an output for the model, so that a sampler could come after it."""
         outputs = self._declared(self.type_of(key))[1]
-        return any(kind is not None and _may_carry(kind) for kind in outputs or self.nodes[key]["types"][1])
+        return any(kind is not None and may_carry(kind) for kind in outputs or self.nodes[key]["types"][1])
 
     def _is_sampler(self, key):
         inputs = self.inputs_of(key)
@@ -542,59 +530,6 @@ class Graph:
 
 
 # ----------------------------------------------------------------------------
-
-
-def is_link(value):
-    """Whether an input's value is a link to an output of a node."""
-    if not isinstance(value, list) or len(value) != 2:
-        return False
-    key, slot = value
-    return isinstance(key, str | int) and isinstance(slot, int) and not isinstance(slot, bool) and slot >= 0
-
-
-def _is_node(node):
-    return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
-
-
-def _node(node):
-    """A node as it is read here: its class, and of its inputs the links and the values that are short."""
-
-    def short(value):
-        if isinstance(value, str):
-            return len(value) <= pure_nodes.MOST_TEXT
-        return pure_nodes.number(value) is not None
-
-    inputs = {name: value for name, value in node["inputs"].items() if is_link(value) or short(value)}
-    types = node.get("types")
-    types = types if isinstance(types, dict) else {}
-    of, outputs = types.get("inputs"), types.get("outputs")
-    of = {name: kind for name, kind in of.items() if isinstance(kind, str)} if isinstance(of, dict) else {}
-    outputs = [kind if isinstance(kind, str) else None for kind in outputs] if isinstance(outputs, list) else []
-    return {"class_type": node["class_type"], "inputs": inputs, "types": (of, outputs)}
-
-
-def _declared(kind):
-    cls = host_nodes.NODE_CLASS_MAPPINGS.get(kind)
-    if cls is None and kind in SWITCHES:  # This host has none, but their like is known.
-        return {"switch": "BOOLEAN", "on_false": "*", "on_true": "*"}, ["*"]
-    if cls is None:
-        return None, None
-    try:
-        declared = cls.INPUT_TYPES()
-        fields = {**declared.get("required", {}), **declared.get("optional", {})}
-        return {name: _plain(spec[0]) for name, spec in fields.items()}, [_plain(of) for of in cls.RETURN_TYPES]
-    except Exception:  # Of any kind: a pack's class whose declaration asks for what is not there.
-        return None, None
-
-
-def _plain(kind):
-    """A type by its name: packs have classes of text that equal every other."""
-    return str.__str__(kind) if isinstance(kind, str) else "COMBO"
-
-
-def _may_carry(kind):
-    """Whether a type, such as "MODEL,CLIP", is or may hold a model or a guider; None: it may."""
-    return kind is None or any(part not in PLAIN for part in kind.split(","))
 
 
 def _first(inputs, start):

@@ -3,7 +3,18 @@ import types
 import comfy_harness as harness
 import pytest
 
-NAMES = ("chart", "desk", "events", "forecast", "prompt_graph", "pure_nodes", "route", "trace", "weightless")
+NAMES = (
+    "chart",
+    "desk",
+    "events",
+    "forecast",
+    "prompt_graph",
+    "prompt_node",
+    "pure_nodes",
+    "route",
+    "trace",
+    "weightless",
+)
 
 
 @pytest.fixture(scope="session")
