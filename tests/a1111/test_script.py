@@ -1003,6 +1003,7 @@ def test_the_second_pass_has_its_own_schedule(told):
     assert second.sigmas[0] == pytest.approx(told(scheduler="Exponential", **HIRES)[1].sigmas[0])
     assert second.sigmas != told(**HIRES)[1].sigmas and first == told()[0]
     assert told(**HIRES, hires_scheduler="Use same scheduler") == told(**HIRES)
+    assert told(**HIRES | {"hires_steps": 0}) == told(**HIRES), "0, as it is at first: as many as the first pass has"
     assert exponential.sigmas != told(denoising_strength=0.5)[0].sigmas
 
 

@@ -172,6 +172,8 @@ def test_steps_and_custom_samplers(host, live):
     assert drawn["notes"] == [["model", "CheckpointLoaderSimple"]]
     assert [value for _, value in drawn["edges"]["hi"]["stops"]] == list(reversed(range(8)))
     assert [value for _, value in drawn["edges"]["lo"]["stops"]] == list(range(-1, -9, -1))
+    prompt["2"]["inputs"]["first_step"] = 0  # Counted from the start too.
+    assert [value for _, value in chart(live, prompt)["edges"]["hi"]["stops"]] == list(reversed(range(8)))
     # Nodes of others are not run; what they would have given is assumed.
     prompt["4"]["class_type"] = "SomebodysScheduler"
     codes = dict(chart(live, prompt)["notes"])

@@ -187,6 +187,17 @@ def test_a_latent_gives_its_size(host, live):
     assert drawn(live, shift)["guided"] == sum(interval(flow).mask(sigmas[:-1]).tolist())
 
 
+def test_of_nodes_that_set_the_sampling_the_last_one_counts(live):
+    def through(*shifts):
+        prompt = prompt_with()
+        for i, shift in enumerate(shifts):
+            prompt[str(10 + i)] = node("ModelSamplingSD3", model=[str(9 + i) if i else "1", 0], shift=shift)
+        prompt["2"]["inputs"]["model"] = [str(9 + len(shifts)), 0]
+        return drawn(live, prompt)
+
+    assert through(12.0, 3.0) == through(3.0) != through(12.0)
+
+
 def test_the_size_of_a_latent_is_that_of_the_hosts_node(host, live):
     for kind, (in_time, _) in live.prompt_graph.LATENTS.items():
         size = {"width": 320, "height": 256} | ({"length": 25} if in_time else {})

@@ -287,6 +287,12 @@ def test_sizes_are_bounded(live):
     assert "1000 steps" in drawn(live, prompt_with(n3=ksampler))["error"]
 
 
+def test_a_schedule_of_as_many_steps_as_are_drawn_goes_through_nodes(live):
+    whole = node("KarrasScheduler", steps=live.pure_nodes.MOST_STEPS, sigma_max=14.6, sigma_min=0.03, rho=7.0)
+    answer = drawn(live, prompt_with(n4=node("SplitSigmas", sigmas=["6", 0], step=4), n6=whole))
+    assert answer["steps"] == 4 and "unknown_sigmas" not in codes(answer)
+
+
 def test_a_sampler_that_never_ends_is_left(live, monkeypatch):
     trace = live.trace
     monkeypatch.setattr(trace, "SECONDS", 0.0)

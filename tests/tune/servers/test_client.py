@@ -38,6 +38,13 @@ def test_an_answer_must_be_whole_in_time_however_often_something_comes(server, m
     assert time.monotonic() - begin < ENDS
 
 
+def test_an_answer_that_may_take_its_time_must_be_whole_in_time_once_it_begins(server):
+    server.broken["queue"] = WRONG["a byte now and then"]
+    with client(server) as one:
+        error = one.start_post("/queue", {}).exception(timeout=ENDS)
+    assert isinstance(error, Gone) and "/queue has not answered to its end within 0.3 s" in str(error)
+
+
 def test_an_answer_may_be_as_long_as_its_limit_and_no_longer(server):
     server.broken |= {"queue": answer(b"[" + b" " * 98 + b"]"), "view": answer(png(), kind="image/png")}
     for limits, fine in ((Limits(json=100, image=len(png())), True), (Limits(json=99, image=len(png()) - 1), False)):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import queue
 import re
 import socket
 import threading
@@ -10,6 +11,7 @@ import time
 import pytest
 from broken_server import (
     BIG,
+    ENDS,
     GIANT,
     SMALL,
     WRONG,
@@ -204,6 +206,27 @@ def test_one_that_comes_back_is_used_again(server, workflow, capsys, monkeypatch
     images, said = render_comfy(server, workflow)
     err = capsys.readouterr().err
     assert said is None and len(images) == 3 and "is skipped for now" in err and "is back" in err
+
+
+def test_one_that_is_out_for_good_does_not_wait_for_one_that_is_away(server, workflow):
+    """One server under two names: by the second one it goes away, by the first one it answers and only fails."""
+    names = server.url, server.url.replace("127.0.0.1", "localhost")
+    server.broken |= {
+        "view": answer(b"<html>", 502),
+        "queue": lambda h: None if h.headers["Host"].startswith("localhost") else h.good("queue", b""),
+    }
+    backend, said = comfyui.Comfy(workflow, names, limits=SMALL), queue.Queue()
+
+    def render():
+        try:
+            said.put(list(backend.render([Job(CONDITIONAL, "a dog", i) for i in range(4)])))
+        except UserError as e:
+            said.put(str(e))
+
+    threading.Thread(target=render, daemon=True).start()
+    assert "no server answers any more" in said.get(timeout=ENDS)
+    assert [bool(one.out) for one in backend.servers] == [True, False]
+    backend.close()
 
 
 def test_a_server_that_was_never_reached_is_told(workflow):

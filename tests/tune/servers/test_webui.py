@@ -156,6 +156,17 @@ def test_a_web_ui_that_answers_and_only_fails_is_not_waited_for(server):
     assert server.asked.count("txt2img") == webui.FAILURES
 
 
+def test_a_web_ui_that_starts_anew_is_waited_for(server, capsys, monkeypatch):
+    monkeypatch.setattr(webui, "ALONE", ENDS)
+    times = iter(range(2 * webui.FAILURES))  # Only failures of one that answers in between are counted.
+    server.broken |= {
+        "txt2img": lambda h: next(times, None) is not None or h.good("txt2img", b""),
+        "progress": lambda h: None,
+    }
+    images, said = render_web_ui(server)
+    assert said is None and len(images) == 2 and capsys.readouterr().err.count("is waited for") == 1
+
+
 def test_a_web_ui_that_hangs_is_given_up(server, capsys):
     server.broken["txt2img"], begin = silent, time.monotonic()
     images, said = render_web_ui(server)
