@@ -4,6 +4,7 @@ import gradio as gr
 from modules import shared
 from modules.infotext_utils import PasteField
 
+from ..presets import DEFAULT, get_preset
 from . import evaluations, picture
 from . import settings as st
 from .host import GuidanceIntervalError
@@ -68,11 +69,11 @@ def controls(tab, name, opened=None):
     def elem_id(item):
         return f"{tab}_{name}_{item}"
 
-    interval = st.get_preset(st.DEFAULT).interval()
+    interval = get_preset(DEFAULT).interval()
     with gr.Row():
         preset = gr.Dropdown(
             st.PRESET_NAMES,
-            value=st.DEFAULT,
+            value=DEFAULT,
             label="Preset",
             info="Published intervals; 'custom' takes the two numbers.",
             elem_id=elem_id("preset"),

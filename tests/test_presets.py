@@ -133,7 +133,7 @@ def test_an_invalid_entry_hides_no_other_and_is_told_once(file, caplog, text):
     (record,) = caplog.records
     told = record.getMessage()
     assert record.levelno == logging.WARNING and why in told and len(told) < 500 + len(str(file))
-    assert f"in {str(file)!r} is skipped (" in told and told.endswith("; put it right, or remove it")
+    assert f"in {str(file)!r} is skipped (" in told and told.endswith("; fix it, or remove it")
     assert told.isprintable()
     if name.casefold() not in ("sdxl", "good"):
         with pytest.raises(ValueError, match="unknown preset") as e:
@@ -266,7 +266,7 @@ def test_whether_a_preset_can_be_saved_is_asked_before(file, tmp_path, monkeypat
         presets.check_writable()
     for content in ("[good", "a = [" + "[" * 5000):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"presets.toml' cannot be read \(.*put it right"):
+        with pytest.raises(UserError, match=r"presets.toml' cannot be read \(.*fix it"):
             presets.check_writable()
         assert file.read_text() == content
     monkeypatch.setenv("GUIDANCE_INTERVAL_PRESETS", str(file / "presets.toml"))
@@ -319,7 +319,7 @@ def test_a_presets_file_that_is_broken_stops_no_host_and_is_not_overwritten(capl
         assert presets.all_presets() == presets.PRESETS
         assert str(file) in caplog.text
     file.write_text("[mine")
-    with pytest.raises(UserError, match=r"presets.toml' cannot be read .*put it right"):
+    with pytest.raises(UserError, match=r"presets.toml' cannot be read .*fix it"):
         presets.save_mine("other", MEASURED)
     assert file.read_text() == "[mine"
 

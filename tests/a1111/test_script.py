@@ -1,6 +1,6 @@
 """What of the A1111 extension needs a web UI, in a small imitation of one: its interfaces, its order of calls.
 
-The real ones are tests/webui. Here the samplers are k-diffusion's, and the network is one line.
+The real ones are in real/. Here the samplers are k-diffusion's, and the network is one line.
 """
 
 import copy

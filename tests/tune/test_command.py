@@ -158,7 +158,7 @@ def test_conditional_only_is_no_preset_which_would_be_cfg_everywhere(capsys):
         ("mine=baseline", "unknown ID: 'baseline'"),
         ("mine", r"FILE' cannot be written to .it is a file.; set GUIDANCE_INTERVAL_PRESETS"),
         ("mine", r"FOLDER' cannot be read .it is no file"),
-        ("mine", r"BROKEN' cannot be read .*put it right"),
+        ("mine", r"BROKEN' cannot be read .*fix it"),
     ],
 )
 def test_what_could_not_be_saved_is_told_before_the_work(save, message, tmp_path, monkeypatch, capsys):
