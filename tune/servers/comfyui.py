@@ -178,7 +178,7 @@ class Comfy:
             except (Gone, Refused) as e:
                 raise UserError(f"--server {server}: no ComfyUI there ({e}); start it, or give another address") from e
             if "KSampler" not in here:
-                raise UserError(f"--server {server} is no ComfyUI (unknown node: KSampler); give another address")
+                raise UserError(f"--server {server} is not a ComfyUI (unknown node: KSampler); give another address")
             if found := workflow.missing(graph, here):
                 lacking.append(f"{server} lacks {', '.join(found)}")
             types = types or here

@@ -67,7 +67,7 @@ def levels(server, workflow):
 
 
 def _ask(server, workflow, graph):
-    """`{sampler: Forecast}`, of all of the workflow's; raises Unsure where nothing but a model's name is missing."""
+    """`{sampler: Forecast}` of all of the workflow's; raises Unsure where more is unknown than a model."""
     found = {}
     for node in workflow.limits:
         for n in server.forecast(graph, node).samplers:
