@@ -1060,8 +1060,9 @@ def test_forges_zero_terminal_snr_is_followed_at_once(host, told, how):
     assert told()[0].sigmas[0] == pytest.approx(14.6, rel=0.01)
     host.shared.opts.sd_noise_schedule = "Zero Terminal SNR" if how == "the option" else "Default"
     host.model.model_config.ztsnr = how == "the model"
+    stock = host.model.alphas_cumprod  # reForge's samplers go by them, so that both are set.
     assert told()[0].sigmas[0] == pytest.approx(4518.0)
-    assert predictor.sigmas is SIGMAS
+    assert predictor.sigmas is SIGMAS and host.model.alphas_cumprod is stock
 
 
 def forge_network(model):

@@ -201,6 +201,10 @@ def test_a_pasted_text_that_names_two_intervals_says_which_was_taken():
     assert pasted("1-2, Guidance interval: 1-2").said == ""
 
 
+def test_a_pasted_text_may_end_in_a_new_line():
+    assert st.entries("a cat\nSteps: 20, Guidance interval: 0,28-5,42\n") == {"Guidance interval": "0,28-5,42"}
+
+
 def test_an_interval_is_read_beside_a_quote_that_is_never_closed():
     shuffled = (
         'Steps: 20, VAE: x.ckpt, NGMS: 2, A: 88f5cd34154c", Guidance interval: 0.28-5.42, Seed: 1, "B: e2973254e1ad", '
@@ -559,6 +563,7 @@ def test_weights_without_a_mean_have_a_documented_answer():
     assert patch.weighted_mean(preds, [1.0, 1.0]).item() == 2
     assert patch.weighted_mean(preds, [1.0, -0.5]).item() == pytest.approx(-1)
     assert patch.weighted_mean(preds, [1.0, -1.0]).item() == 1
+    assert patch.weighted_mean(preds, [-1.0, 1.0]).item() == 3
     assert patch.weighted_mean(preds, [-1.0, -1.0]).item() == 1
 
 
