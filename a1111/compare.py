@@ -7,7 +7,7 @@ from modules import images, processing, shared
 from modules.processing import Processed, process_images
 
 from ..sampler_patch import GuidanceInterval
-from .host import ROWS_ATTRIBUTE, SETTINGS_ATTRIBUTE, say
+from .generation import ROWS_ATTRIBUTE, SETTINGS_ATTRIBUTE, say
 from .settings import TITLE, Settings, describe
 
 WARM_UP_STEPS = 3  # Without them the first column alone pays for loading and tuning.

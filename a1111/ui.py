@@ -7,7 +7,7 @@ from modules.infotext_utils import PasteField
 from ..presets import DEFAULT, get_preset
 from . import evaluations, picture
 from . import settings as st
-from .host import GuidanceIntervalError
+from .generation import GuidanceIntervalError
 
 # The host's own components that decide what is evaluated: {tab: {elem_id: name in evaluations.passes}}.
 CONTROLS = {

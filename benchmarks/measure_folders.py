@@ -16,10 +16,10 @@ from pathlib import Path
 from guidance_interval import GuidanceInterval
 from guidance_interval.lab import demo
 from guidance_interval.toy import data, model
-from guidance_interval.toy.sampling import Setting, sample
+from guidance_interval.toy.sampling import Guidance, sample
 from PIL import Image
 
-SETTINGS = [Setting("cfg", 2.0), Setting("interval", 6.0, GuidanceInterval(0.1, 2.5))]
+SETTINGS = [Guidance("cfg", 2.0), Guidance("interval", 6.0, GuidanceInterval(0.1, 2.5))]
 
 
 def write(folder, lab, samples):

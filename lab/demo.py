@@ -14,7 +14,7 @@ from ..files import aligned, atomic_path, output_folder, printed, sole_use
 from ..interval_text import CONDITIONAL_ONLY
 from ..sampler_patch import GuidanceInterval
 from ..toy import data, model
-from ..toy.sampling import BATCH, Samples, Setting, check_weight, get_sampler, karras_sigmas, sample
+from ..toy.sampling import BATCH, Guidance, Samples, check_weight, get_sampler, karras_sigmas, sample
 from . import compare, plots
 from .scores import Scores, judge_samples, strata
 
@@ -49,10 +49,10 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Result:
     """One setting: its Samples, of which the images that are shown are kept, their Scores and what moves those."""
 
-    setting: Setting
+    setting: Guidance
     drawn: Samples
     scores: Scores
     influence: torch.Tensor | None = None
@@ -91,17 +91,17 @@ def run(out, samples, seed, device, name="emoji", sampler=None, steps=None, weig
         sigmas = karras_sigmas(steps)
         interval.warn_if_unused(sigmas[:-1])
         settings = dict(
-            none=Setting(CONDITIONAL_ONLY, 1.0),
-            cfg=Setting(f"CFG everywhere, w={cfg_weight:g}", cfg_weight),
-            strong=Setting(f"CFG everywhere, w={own.strong:g}", own.strong),
-            limited=Setting(f"interval {interval}, w={weight:g}", weight, interval),
+            none=Guidance(CONDITIONAL_ONLY, 1.0),
+            cfg=Guidance(f"CFG everywhere, w={cfg_weight:g}", cfg_weight),
+            strong=Guidance(f"CFG everywhere, w={own.strong:g}", own.strong),
+            limited=Guidance(f"interval {interval}, w={weight:g}", weight, interval),
         )
         for part, widened in (
             ("low", GuidanceInterval(0, interval.sigma_hi)),
             ("high", GuidanceInterval(interval.sigma_lo)),
         ):
             if widened != interval:
-                settings[part] = Setting(f"… {part} part on: {widened}", weight, widened)
+                settings[part] = Guidance(f"… {part} part on: {widened}", weight, widened)
         few, many = measure_all(lab, settings, shown(lab, own.shown), samples, sampler, steps, seed)
         real = real_images(lab, few["cfg"].drawn.num, seed)
         found = findings(lab, few, many)
@@ -130,7 +130,7 @@ def run(out, samples, seed, device, name="emoji", sampler=None, steps=None, weig
 
 
 def measure_all(lab, settings, index, samples, sampler, steps, seed):
-    """`({key: Run}, {key: Run})`: every setting on the first few of the seeds, and the two that compete on all.
+    """`({key: Result}, {key: Result})`: every setting on the first few of the seeds, and the two that compete on all.
 
     index: which samples are shown.
     """
@@ -151,7 +151,7 @@ def measure_all(lab, settings, index, samples, sampler, steps, seed):
 
 def _judged(lab, setting, drawn, index):
     scores, influence = judge_samples(lab, drawn.x, drawn.labels)
-    return Run(setting, replace(drawn, x=drawn.x[index].clone()), scores, influence)
+    return Result(setting, replace(drawn, x=drawn.x[index].clone()), scores, influence)
 
 
 def shown(lab, names):
@@ -168,15 +168,15 @@ def shown(lab, names):
 
 
 def real_images(lab, num, seed):
-    """Real images as a `Run`: of the digits as many, whose distance is the floor; of the emoji those to be shown."""
-    setting = Setting("real images", 1.0)
+    """Real images as a `Result`: of the digits as many, whose distance is the floor; of the emoji those to be shown."""
+    setting = Guidance("real images", 1.0)
     if "thumbnails" not in lab.reference:
         drawn = real_digits(lab, num, seed)
         return _judged(lab, setting, drawn, shown(lab, "0123456789")(drawn.labels))
     x = data.to_model(lab.reference["thumbnails"], lab.config["pixel_mean"], lab.config["pixel_std"])
     index = shown(lab, DEFAULTS["emoji"].shown)(torch.arange(len(x)))
     x = x[index.repeat_interleave(plots.COLUMNS // len(index))]
-    return Run(setting, Samples(x, index, 0.0, 0.0), Scores(*[math.nan] * 5))
+    return Result(setting, Samples(x, index, 0.0, 0.0), Scores(*[math.nan] * 5))
 
 
 def real_digits(lab, num, seed):

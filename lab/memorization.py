@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..files import output_folder
 from ..toy import data, model
-from ..toy.sampling import Setting, sample
+from ..toy.sampling import Guidance, sample
 from . import demo, emoji, plots
 
 POOLED = 16  # Pixels a side: a drawing that is shifted by one is still the same.
@@ -40,7 +40,7 @@ def run(data_path, out, samples=1000, seed=0, device="cpu"):
     held_out = torch.as_tensor(arrays["held_out"])
     # On the scale of pixels, 0 to 1.
     real = torch.as_tensor(arrays["images"]).float() / 255
-    setting = Setting("", own.weight, own.interval)
+    setting = Guidance("", own.weight, own.interval)
     drawn = sample(lab, setting, samples, own.sampler, own.steps, seed)
     x = drawn.x.cpu() * (lab.config["pixel_std"] / data.SIGMA_DATA) + lab.config["pixel_mean"]
     x = x.clamp(0, 1)

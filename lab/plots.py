@@ -38,7 +38,7 @@ def _adherence_axes(ax):
 
 
 def grid(path, runs, pixel_mean, pixel_std, titles=()):
-    """One row of images per `demo.Run`, the same seeds in every row; titles: of groups of as many columns, if any."""
+    """One row of images per `demo.Result`, of the same seeds; titles: of groups of as many columns, if any."""
     fig, axes = plt.subplots(len(runs), 1, figsize=(13, 0.62 * len(runs) + 0.6), squeeze=False)
     for ax, run in zip(axes[:, 0], runs, strict=True):
         pixels = to_pixels(run.drawn.x[:COLUMNS].cpu(), pixel_mean, pixel_std)
@@ -61,7 +61,7 @@ def grid(path, runs, pixel_mean, pixel_std, titles=()):
 def tradeoff(path, runs, real):
     """Distance to the real images against adherence, one point per setting, its cost as the colour.
 
-    runs: list of `demo.Run`; real: one of as many real images, whose distance is the floor.
+    runs: list of `demo.Result`; real: one of as many real images, whose distance is the floor.
     """
     fig, ax = plt.subplots(figsize=(8.6, 5.2))
     rows = [r.drawn.rows for r in runs]

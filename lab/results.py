@@ -23,11 +23,11 @@ from ..measure import metrics
 from ..noise_level import steps_to_interval
 from ..sampler_patch import GuidanceInterval
 from ..toy import data
-from ..toy.sampling import Setting, class_labels, karras_sigmas, sample
+from ..toy.sampling import Guidance, class_labels, karras_sigmas, sample
 from . import demo, plots, sweep, workers
 from .compare import against, ratio
 from .scores import judge_samples
-from .sweep import Cell, Job
+from .sweep import Cell, Sampling
 
 SAMPLER, STEPS = "dpmpp_2m", 16
 SEARCHED, CONFIRMED = 0, 1  # Sampling seeds: what a search chose is told of samples that it never saw.
@@ -114,12 +114,12 @@ def parts(weights, interval):
 
 
 def main_job(scale, source="emoji"):
-    return Job(scale.samples, SAMPLER, STEPS, SEARCHED, source)
+    return Sampling(scale.samples, SAMPLER, STEPS, SEARCHED, source)
 
 
 def headline_jobs(scale):
-    """`{label: Job}`: each sampler with each step count on the first training, and the others with `SAMPLER`."""
-    job = Job(scale.samples, SAMPLER, STEPS, SEARCHED, EMOJI[0])
+    """`{label: Sampling}`: each sampler with each step count on the first training, and the others with `SAMPLER`."""
+    job = Sampling(scale.samples, SAMPLER, STEPS, SEARCHED, EMOJI[0])
     named = {
         f"{sampler}, {steps} steps": dataclasses.replace(job, sampler=sampler, steps=steps)
         for sampler, steps in itertools.product(scale.samplers, scale.steps)
@@ -330,10 +330,10 @@ def draw_saturation(scale, results, out, device):
     lab = sweep.load_lab(EMOJI[0], device)
     limited = INTERVALS["emoji"]
     weights = scale.part_weights
-    none = pixel_values(lab, Setting("", 1.0), scale.shown)
+    none = pixel_values(lab, Guidance("", 1.0), scale.shown)
     changed = {}
     for name, interval in (("CFG everywhere", None), (f"interval {limited}", limited)):
-        guided = [(w, pixel_values(lab, Setting("", w, interval), scale.shown)) for w in weights]
+        guided = [(w, pixel_values(lab, Guidance("", w, interval), scale.shown)) for w in weights]
         changed[name] = [(1.0, torch.zeros_like(none)), *((w, values - none) for w, values in guided)]
     shown = {
         f"change of {what}, against conditional only": {
@@ -380,11 +380,11 @@ def draw_variety(scale, results, out, device):
     strong = demo.DEFAULTS["emoji"].strong
     lab = sweep.load_lab(EMOJI[0], device)
     settings = [
-        Setting(CONDITIONAL_ONLY, 1.0),
-        Setting(f"CFG everywhere, w={cfg.weight:g}", cfg.weight),
-        Setting(f"CFG everywhere, w={strong:g}", strong),
-        Setting(f"interval {limited.interval}, w={limited.weight:g}", limited.weight, limited.interval),
-        Setting(f"interval {limited.interval}, w={strong:g}", strong, limited.interval),
+        Guidance(CONDITIONAL_ONLY, 1.0),
+        Guidance(f"CFG everywhere, w={cfg.weight:g}", cfg.weight),
+        Guidance(f"CFG everywhere, w={strong:g}", strong),
+        Guidance(f"interval {limited.interval}, w={limited.weight:g}", limited.weight, limited.interval),
+        Guidance(f"interval {limited.interval}, w={strong:g}", strong, limited.interval),
     ]
     names = demo.DEFAULTS["emoji"].shown
     real, body, runs = lab.reference["features"].double(), [], []
@@ -403,7 +403,7 @@ def draw_variety(scale, results, out, device):
             with_ends(score, moved, "{:.1f}"),
         ])  # fmt: skip
         index = demo.shown(lab, names)(drawn.labels)
-        runs.append(demo.Run(setting, dataclasses.replace(drawn, x=drawn.x[index]), scores))
+        runs.append(demo.Result(setting, dataclasses.replace(drawn, x=drawn.x[index]), scores))
     real_run = demo.real_images(lab, scale.samples, 0)
     plots.grid(out / "variety.png", [real_run, *runs], lab.config["pixel_mean"], lab.config["pixel_std"], names)
     head = ["", "1000 FD", "accuracy", "precision", "recall", "coverage", "Vendi score"]
@@ -470,7 +470,7 @@ def draw_digits(scale, results, out, device):
 def sample_clips(weight=4.0):
     """Ten clips, one for each class, sampled in the digits' interval: uint8 [10, 6, 20, 20]."""
     lab = sweep.load_lab("clips", "cpu")
-    drawn = sample(lab, Setting("", weight, INTERVALS["digits"]), 10, SAMPLER, STEPS)
+    drawn = sample(lab, Guidance("", weight, INTERVALS["digits"]), 10, SAMPLER, STEPS)
     return data.to_pixels(drawn.x, lab.config["pixel_mean"], lab.config["pixel_std"]).numpy()
 
 

@@ -27,7 +27,7 @@ from ..errors import UserError, user_input
 from ..files import aligned, atomic_path, output_folder, printed
 from ..sampler_patch import GuidanceInterval
 from ..toy import model
-from ..toy.sampling import Setting, check_seed, check_weight, evaluations, get_sampler, sample
+from ..toy.sampling import Guidance, check_seed, check_weight, evaluations, get_sampler, sample
 from . import compare, plots, workers
 from .scores import SCORES_VERSION, Scores, judge_samples
 
@@ -185,7 +185,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Job:
+class Sampling:
     """What the cells of a sweep have in common. source: whose model, see `load_lab`."""
 
     samples: int
@@ -285,7 +285,7 @@ def rows_per_sample(job, cell):
 
 def measure_cell(lab, job, cell, progress=None):
     """Sample and score one cell; return what it gave."""
-    setting = Setting("", cell.weight, cell.interval)
+    setting = Guidance("", cell.weight, cell.interval)
     drawn = sample(lab, setting, job.samples, job.sampler, job.steps, job.seed, progress)
     scores, influence = judge_samples(lab, drawn.x, drawn.labels)
     return Measured(scores, drawn.rows, drawn.seconds, influence)
@@ -408,7 +408,7 @@ def run(out, sigma_los, sigma_his, weights, samples, sampler, steps, seed, devic
     check_seed(seed)
     workers.check(devices, cluster)
     devices = devices or ([] if cluster else ["cpu"])
-    job = Job(samples, sampler, steps, seed, source)
+    job = Sampling(samples, sampler, steps, seed, source)
     lab = load_lab(source, "cpu" if cluster else devices[0])
     out = output_folder(out)
     with Store(out / "sweep.sqlite", job.identity(lab)) as store:

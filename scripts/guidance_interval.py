@@ -30,8 +30,9 @@ def load_package():
 
 
 _name = load_package().__name__
-host, patch, settings, ui, compare = (
-    importlib.import_module(f"{_name}.a1111.{module}") for module in ("host", "patch", "settings", "ui", "compare")
+generation, patch, settings, ui, compare = (
+    importlib.import_module(f"{_name}.a1111.{module}")
+    for module in ("generation", "patch", "settings", "ui", "compare")
 )
 
 
@@ -57,13 +58,13 @@ class Accordion(scripts.Script):
         return [enabled, *components]
 
     def process(self, p, *args):
-        host.begin(p, *args)
+        generation.begin(p, *args)
 
     def post_sample(self, p, *args):
-        host.check(p)
+        generation.check(p)
 
     def postprocess(self, p, processed, *args):
-        host.end(p)
+        generation.end(p)
 
 
 class Dropdown(scripts.Script):
@@ -83,13 +84,13 @@ class Dropdown(scripts.Script):
         return [*components, compared]
 
     def run(self, p, *args):
-        chosen, compared = host.from_script(p, self, args)
+        chosen, compared = generation.from_script(p, self, args)
         if compared:
             return compare.run(p, chosen)
-        setattr(p, host.SETTINGS_ATTRIBUTE, chosen)
+        setattr(p, generation.SETTINGS_ATTRIBUTE, chosen)
         return processing.process_images(p)
 
 
 script_callbacks.on_cfg_denoiser(patch.on_cfg_denoiser)
-script_callbacks.on_before_ui(host.add_axes)
+script_callbacks.on_before_ui(generation.add_axes)
 script_callbacks.on_infotext_pasted(ui.on_infotext_pasted)

@@ -18,7 +18,7 @@ MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Setting:
+class Guidance:
     """One way to sample: guidance weight (1 is none) and interval (None is everywhere)."""
 
     name: str

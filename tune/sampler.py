@@ -52,7 +52,7 @@ class IntervalSampler(optuna.samplers.BaseSampler):
         drawn = np.clip(low * (high / low) ** self.rng.random((CANDIDATES, len(low))), low, high)
         params = [dict(zip(search.ranges, map(float, values), strict=True)) for values in drawn]
         running = [search.setting_of(t) for t in search.trials(TrialState.RUNNING) if "setting" in t.user_attrs]
-        best = choose(search.belief(), running, [to_setting(p) for p in params], self.rng)
+        best = most_promising(search.belief(), running, [to_setting(p) for p in params], self.rng)
         return {} if best is None else params[best]
 
 
@@ -115,7 +115,7 @@ class Belief:
         return np.stack(losses, 1), -self.goal.margin - mean + stats.norm.ppf(likely) * deviation
 
 
-def choose(belief, running, candidates, rng):
+def most_promising(belief, running, candidates, rng):
     """The index of the candidate that is expected to add most to the front, or None if none adds anything.
 
     running: the settings that others are at, which count as tried.

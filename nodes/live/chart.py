@@ -1,4 +1,4 @@
-"""A picture of a Run, in coordinates from 0 to 1: the front end draws, and knows nothing of noise."""
+"""A picture of a forecast, in coordinates from 0 to 1: the front end draws, and knows nothing of noise."""
 
 import bisect
 import math
@@ -13,7 +13,7 @@ GRID = 200
 
 
 def chart(run):
-    """What the front end draws of a Run, as JSON holds it."""
+    """What the front end draws of a Forecast, as JSON holds it."""
     sampling = run.model.get_model_object("model_sampling")
     own = run.levels.tolist()
     steps = max(len(own) - 1, 0)

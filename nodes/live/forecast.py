@@ -29,7 +29,7 @@ GUIDERS = {
 
 
 @dataclass
-class Run:
+class Forecast:
     """What a sampler will do.
 
     levels: 1-D, the model's own noise levels; the last is where the run ends. evaluated: the level of each evaluation,
@@ -57,7 +57,7 @@ class Run:
 
 
 def forecast(prompt, node_id, sampler_id=None):
-    """The Run that the interval node `node_id` of `prompt` will limit, by one of its samplers, or else the first.
+    """The Forecast of the interval node `node_id` of `prompt`, by one of its samplers, or else the first.
 
     ValueError: its own values are wrong, or it is not what that sampler samples.
     """
@@ -84,7 +84,7 @@ def forecast(prompt, node_id, sampler_id=None):
         evaluated = parts.levels[:-1].tolist()
         notes.append(["one_evaluation", parts.name])
         hurried = isinstance(error, trace.TooLong)
-    return Run(
+    return Forecast(
         model=parts.model,
         levels=parts.levels,
         evaluated=evaluated,

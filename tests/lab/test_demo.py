@@ -11,7 +11,7 @@ from guidance_interval import cli
 from guidance_interval.lab import demo, plots
 from guidance_interval.lab.scores import Scores, judge_samples
 from guidance_interval.toy import model
-from guidance_interval.toy.sampling import Samples, Setting, class_labels, sample
+from guidance_interval.toy.sampling import Guidance, Samples, class_labels, sample
 from PIL import Image
 
 FAST = ["--samples", "60", "--steps", "8", "--sampler", "euler"]
@@ -76,7 +76,7 @@ def test_the_report_holds_every_setting_and_its_cost(reports, digits):
 
 def test_the_two_that_compete_have_more_images_and_the_same_first_ones():
     lab = model.load(model.shipped()["emoji"])
-    settings = {k: Setting(k, w) for k, w in (("none", 1.0), ("cfg", 1.5), ("limited", 2.0))}
+    settings = {k: Guidance(k, w) for k, w in (("none", 1.0), ("cfg", 1.5), ("limited", 2.0))}
     index = demo.shown(lab, ("animal-mammal",))
     few, many = demo.measure_all(lab, settings, index, 120, "euler", 2, 0)
     assert [r.drawn.num for r in few.values()] == [100] * 3
@@ -92,7 +92,7 @@ def test_the_two_that_compete_have_more_images_and_the_same_first_ones():
 def judged(fd, influence, accuracy=0.8, rows=24.0, class_fd=math.nan):
     num = influence.shape[1]
     drawn = Samples(None, torch.arange(num) % 10, rows, 1.0)
-    return demo.Run(Setting("", 2.0), drawn, Scores(fd, fd, fd, accuracy, 1.0, class_fd), influence)
+    return demo.Result(Guidance("", 2.0), drawn, Scores(fd, fd, fd, accuracy, 1.0, class_fd), influence)
 
 
 def test_findings_say_what_the_numbers_say(lab):

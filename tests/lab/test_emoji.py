@@ -55,7 +55,8 @@ def test_the_reference_is_of_these_judges(lab):
 def test_the_interval_is_cheaper_and_follows_the_class():
     lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
     none, interval = (
-        sampling.sample(lab, sampling.Setting("", w, GuidanceInterval(0.1, 5.0)), 40, "dpmpp_2m", 6) for w in (1.0, 2.5)
+        sampling.sample(lab, sampling.Guidance("", w, GuidanceInterval(0.1, 5.0)), 40, "dpmpp_2m", 6)
+        for w in (1.0, 2.5)
     )
     assert torch.equal(none.labels, interval.labels) and none.x.shape == (40, 3, 32, 32)
     assert none.rows == 6 and 6 < interval.rows < 12
@@ -138,7 +139,7 @@ def test_training_writes_a_file_that_loads(tmp_path, monkeypatch):
     train_emoji.run(tmp_path / "emoji.npz", out, "cpu", steps=3, batch=8, lr=1e-3, seed=0, classifier_steps=3)
     lab = model.load(out)
     assert lab.config["classes"] == ["heart", "arrow", "flag"] and lab.ruler is not None
-    drawn = sampling.sample(lab, sampling.Setting("", 2.0), 6, "euler", 3)
+    drawn = sampling.sample(lab, sampling.Guidance("", 2.0), 6, "euler", 3)
     assert drawn.x.isfinite().all() and drawn.labels.bincount(minlength=3).tolist() == [2, 2, 2]
     again = tmp_path / "again.safetensors"
     train_emoji.run(tmp_path / "emoji.npz", again, "cpu", 3, 8, 1e-3, 1, 3, donor=out)

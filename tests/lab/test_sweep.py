@@ -228,7 +228,7 @@ def test_cells_that_guide_the_same_steps_are_measured_once_and_are_the_same(tmp_
     first, second = (sweep.Cell(2.0, 0.0, hi) for hi in args["sigma_his"])
     results = sweep.run(tmp_path, **args)
     assert results[first] == results[second] and {first, second} & {*seen} == {first}
-    job = sweep.Job(20, "euler", 5, 0)
+    job = sweep.Sampling(20, "euler", 5, 0)
     alone = sweep.measure_cell(model.load(), job, second)
     assert (alone.scores, alone.rows) == (results[second].scores, results[second].rows)
     del seen[:]
@@ -237,10 +237,10 @@ def test_cells_that_guide_the_same_steps_are_measured_once_and_are_the_same(tmp_
 
 
 def test_an_adaptive_sampler_s_cells_are_never_taken_for_one():
-    job = sweep.Job(20, "dpm_adaptive", 5, 0)
+    job = sweep.Sampling(20, "dpm_adaptive", 5, 0)
     a, b = sweep.Cell(2.0, 0.1, 2.5), sweep.Cell(2.0, 0.1, 2.5001)
     assert sweep.decisions(job, a) != sweep.decisions(job, b)
-    fixed = sweep.Job(20, "dpm_fast", 5, 0)
+    fixed = sweep.Sampling(20, "dpm_fast", 5, 0)
     assert sweep.decisions(fixed, a) == sweep.decisions(fixed, b) != sweep.decisions(fixed, sweep.Cell(3.0, 0.1, 2.5))
 
 

@@ -392,7 +392,7 @@ def test_images_of_the_demo_model_measure_as_the_labs_do(server, weight, interva
     from guidance_interval.toy import data, model, sampling
 
     lab = model.load(model.SHIPPED.with_name("emoji.safetensors"))
-    setting = sampling.Setting("", weight, interval and GuidanceInterval(*interval))
+    setting = sampling.Guidance("", weight, interval and GuidanceInterval(*interval))
     drawn = sampling.sample(lab, setting, 500, "euler", steps=8, seed=1)
     counts = drawn.labels.bincount().tolist()
 

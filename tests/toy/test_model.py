@@ -144,7 +144,7 @@ def test_the_bootstrap_interval_covers_as_often_as_it_says():
 
 
 def test_the_same_seed_gives_the_same_images_and_another_does_not(lab):
-    setting = sampling.Setting("interval", 3.0, GuidanceInterval(0.1, 2.5))
+    setting = sampling.Guidance("interval", 3.0, GuidanceInterval(0.1, 2.5))
     a, b, c = (sampling.sample(lab, setting, 20, "dpmpp_2m_sde", 6, seed) for seed in (3, 3, 4))
     assert torch.equal(a.x, b.x) and a.rows == b.rows
     assert not torch.equal(a.x, c.x)
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_images_and_another_does_not(lab):
 def test_each_batch_of_each_seed_has_noise_of_its_own(lab, monkeypatch):
     """A batch that repeats the one before, or another seed's, would count as variety that is not there."""
     monkeypatch.setattr(sampling, "BATCH", 10)
-    setting = sampling.Setting("none", 1.0)
+    setting = sampling.Guidance("none", 1.0)
     runs = [sampling.sample(lab, setting, 40, "euler_ancestral", 3, seed).x for seed in (0, 1, 10)]
     assert torch.pdist(torch.cat(runs).flatten(1)).min() > 1
     assert torch.equal(sampling.sample(lab, setting, 20, "euler_ancestral", 3, 0).x, runs[0][:20])
@@ -162,8 +162,8 @@ def test_each_batch_of_each_seed_has_noise_of_its_own(lab, monkeypatch):
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
 def test_a_seed_out_of_range_is_refused_before_any_work(lab, seed):
     with pytest.raises(UserError, match=f"seed must be a whole number from 0 to 4294967295, got {seed}"):
-        sampling.sample(lab, sampling.Setting("none", 1.0), 20, "euler", 2, seed)
-    assert len(sampling.sample(lab, sampling.Setting("none", 1.0), 2, "euler", 2, sampling.MAX_SEED).x) == 2
+        sampling.sample(lab, sampling.Guidance("none", 1.0), 20, "euler", 2, seed)
+    assert len(sampling.sample(lab, sampling.Guidance("none", 1.0), 2, "euler", 2, sampling.MAX_SEED).x) == 2
 
 
 def test_evaluations_are_those_of_the_run(lab):
@@ -171,7 +171,7 @@ def test_evaluations_are_those_of_the_run(lab):
     record = lab.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[1][0].item()))
     for name in ("heun", "dpm_2", "dpm_fast", "dpmpp_2m"):
         del seen[:]
-        sampling.sample(lab, sampling.Setting("none", 1.0), 2, name, 5)
+        sampling.sample(lab, sampling.Guidance("none", 1.0), 2, name, 5)
         sigmas, fixed = sampling.evaluations(name, 5)
         assert fixed and seen == pytest.approx(sigmas.tolist(), rel=1e-5)
     record.remove()
@@ -180,7 +180,7 @@ def test_evaluations_are_those_of_the_run(lab):
 
 def test_sampling_leaves_the_random_state_alone(lab):
     state = torch.random.get_rng_state()
-    sampling.sample(lab, sampling.Setting("none", 1.0), 20, "euler_ancestral", 4)
+    sampling.sample(lab, sampling.Guidance("none", 1.0), 20, "euler_ancestral", 4)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -205,7 +205,7 @@ def test_rows_per_sample_are_those_of_the_schedule(lab):
     interval = GuidanceInterval(0.1, 2.5)
     sigmas = sampling.karras_sigmas(8)
     seen = []
-    samples = sampling.sample(lab, sampling.Setting("interval", 3.0, interval), 120, "euler", 8, progress=seen.append)
+    samples = sampling.sample(lab, sampling.Guidance("interval", 3.0, interval), 120, "euler", 8, progress=seen.append)
     assert samples.rows == 8 + interval.mask(sigmas).sum().item()
     assert seen == [100, 20] and len(samples.x) == len(samples.labels) == 120
     assert samples.labels.bincount().tolist() == [12] * 10

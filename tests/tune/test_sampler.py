@@ -59,17 +59,19 @@ def test_the_next_setting_is_at_the_bound_that_many_noisy_trials_tell(monkeypatc
     done = [(everywhere(4.0), baseline), *((s, rendered(s, 16 * (i % 4))) for i, s in enumerate(settings))]
     candidates = [Setting(0.5, 3.0, w) for w in np.linspace(1.05, 7.95, 70)] + [Setting(0.5, math.inf, 2.5)] * 5
     belief = sampler.Belief(goal, baseline, done, ranges, sigmas)
-    chosen = [candidates[sampler.choose(belief, [], candidates, np.random.default_rng(seed))] for seed in range(5)]
+    chosen = [
+        candidates[sampler.most_promising(belief, [], candidates, np.random.default_rng(seed))] for seed in range(5)
+    ]
     assert all(1.5 < s.weight < 3.5 and s.sigma_hi == 3.0 for s in chosen)
     monkeypatch.setattr(sampler, "KEPT", 3)  # Of the 75, and none of them needless.
-    few = [candidates[sampler.choose(belief, [], candidates, np.random.default_rng(seed))] for seed in range(5)]
+    few = [candidates[sampler.most_promising(belief, [], candidates, np.random.default_rng(seed))] for seed in range(5)]
     assert all(1.5 < s.weight < 3.5 and s.sigma_hi == 3.0 for s in few)
     monkeypatch.undo()
     # What runs counts as done: elsewhere then.
     busy = [chosen[0]] * 3
-    assert candidates[sampler.choose(belief, busy, candidates, np.random.default_rng(0))] != chosen[0]
+    assert candidates[sampler.most_promising(belief, busy, candidates, np.random.default_rng(0))] != chosen[0]
     worse = [everywhere(4.0), Setting(0.0, math.inf, 8.0)]
-    assert sampler.choose(belief, [], worse, np.random.default_rng(0)) is None
+    assert sampler.most_promising(belief, [], worse, np.random.default_rng(0)) is None
     # And what is within the bound is told by all of them: each alone is off by 1.5.
     losses, beyond = belief.told([Setting(0.5, 3.0, w) for w in (1.5, 2.0, 3.5, 4.0)], 0.5)
     assert np.allclose(losses[:, 0], -2) and np.allclose(losses[:, 1], [-1.0, -0.8, -0.2, 0.0], atol=0.2)

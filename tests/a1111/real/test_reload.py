@@ -17,7 +17,7 @@ def test_reload_ui_takes_the_new_code_and_doubles_nothing(webui, generate):
     scripts.load_scripts()  # What "Reload UI" does, in its order.
     script_callbacks.before_ui_callback()
     shared.demo = ui.create_ui()
-    from guidance_interval.a1111 import host, patch
+    from guidance_interval.a1111 import generation, patch
 
     assert not hasattr(patch, "updated") and patch is not old
     assert {id(m) for n, m in sys.modules.items() if n == "guidance_interval.a1111.patch"} == {id(patch)}
@@ -25,7 +25,8 @@ def test_reload_ui_takes_the_new_code_and_doubles_nothing(webui, generate):
     ours = [c.callback for c in registered if "guidance_interval" in c.callback.__module__]
     assert ours == [patch.on_cfg_denoiser]
     accordions = [s for s in scripts.scripts_txt2img.alwayson_scripts if s.title() == "Guidance Interval"]
-    assert len(accordions) == 1 and sys.modules[type(accordions[0]).process.__globals__["host"].__name__] is host
+    used = type(accordions[0]).process.__globals__["generation"]
+    assert len(accordions) == 1 and sys.modules[used.__name__] is generation
     plot = next(s for s in scripts.scripts_txt2img.selectable_scripts if s.title() == "X/Y/Z plot")
     assert [o.label for o in plot.current_axis_options].count("[Guidance Interval] interval") == 1
     _, after = generate(accordion=on)
