@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 QUICK = tests/test_rooms.py tests/test_interval.py tests/test_denoiser.py tests/test_noise_level.py tests/test_presets.py \
-	tests/a1111/test_settings_and_patch.py tests/nodes/live/test_prompt_graph.py
+	tests/a1111/test_settings.py tests/a1111/test_patch.py tests/nodes/live/test_prompt_graph.py
 # Threads that wait by spinning slow each other down when anything else runs on the same cores.
 export OMP_WAIT_POLICY ?= passive
 
