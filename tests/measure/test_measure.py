@@ -751,7 +751,7 @@ def test_few_images_are_measured_as_far_as_they_go(digits, capsys):
         (dict(images=("empty",)), "empty' holds 0 readable images and 0 others; give a folder with 2 or more of .png"),
         (dict(images=("one",)), "one' holds 1 readable images and 1 others, the first being b.png (not an image"),
         (("--features", "incept"), "unknown features 'incept'; there are digits, inception, dinov2, clip"),
-        (("--features", "digits", "digits"), "features digits digits hold one twice; name each once"),
+        (("--features", "digits", "digits"), "features digits digits name one twice; name each once"),
         (("--features", "clip=/nowhere"), "features clip=/nowhere: no config.json there; give a folder of openai/clip"),
         (("--features", "inception=/nowhere"), "features inception=/nowhere: no such file; give torch-fidelity's"),
         (("--features", "digits=/nowhere"), "features digits=/nowhere: no such file"),

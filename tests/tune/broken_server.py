@@ -19,7 +19,7 @@ from PIL import Image
 
 MB = 2**20
 SMALL = Limits(quiet=0.15, total=0.3, json=MB, image=MB, message=MB // 8, pixels=10**6)
-MOST_SENT = 16 * MB  # What the system's buffers take beside the limits.
+MOST_SENT = 64 * MB  # What the buffers of a few connections take, up to 10 MB each, while the client is busy.
 ENDS = 60  # Seconds, on a machine that is busy with other things: what does not end would take for ever.
 
 

@@ -124,7 +124,9 @@ def test_each_template_shows_what_its_run_will_be(open_page, name):
     steps = page.evaluate(
         "() => comfyAPI.app.app.graph.nodes.flatMap((n) => n.widgets ?? []).find((w) => w.name === 'steps').value"
     )
-    guided, of, saved = map(int, re.fullmatch(r"(\d+) of (\d+) steps guided, (\d+) % fewer rows", line).groups())
+    guided, of, saved = map(
+        int, re.fullmatch(r"(\d+) of (\d+) steps guided, (\d+) % fewer network evaluations", line).groups()
+    )
     assert of == steps and 0 < guided < steps
     assert 0 < saved < 50
     assert page.locator(".gi-live .dot.guided").count() >= guided
@@ -136,7 +138,7 @@ def test_each_template_shows_what_its_run_will_be(open_page, name):
 def test_an_edge_is_dragged_undone_and_moved_by_keys(open_page, vue):
     page = open_page(**{"Comfy.VueNodes.Enabled": vue})
     load(page, load_workflow("02_drag_it"))
-    says(page, "7 of 16 steps guided, 28 % fewer rows")
+    says(page, "7 of 16 steps guided, 28 % fewer network evaluations")
     x, y = edge(page, "hi")
     page.mouse.move(x, y)
     page.mouse.down()
@@ -166,7 +168,7 @@ def test_an_edge_is_dragged_undone_and_moved_by_keys(open_page, vue):
     says(page, "13 of 16 steps guided")
     page.locator("[data-gi-edge=lo]").focus()
     page.keyboard.press("Home")
-    says(page, "16 of 16 steps guided, no rows saved")
+    says(page, "16 of 16 steps guided, no network evaluations saved")
 
 
 @RENDERERS
@@ -183,7 +185,7 @@ def test_a_run_tells_what_it_was(open_page, vue):
     ran = page.locator(".gi-live .ran").inner_text()
     # 6 images, 16 evaluations, 7 of them guided.
     assert re.fullmatch(
-        r"Last run: 138 rows, [\d.]+ s\. CFG everywhere: 192 rows \(28 % saved\), about [\d.]+ s", ran
+        r"Last run: 138 network evaluations, [\d.]+ s\. CFG everywhere: 192 \(28 % saved\), about [\d.]+ s", ran
     ), ran
     # The same graph as another workflow, where only the sampler runs anew: its run is told there.
     graph["id"] = str(uuid.uuid4())
@@ -273,7 +275,7 @@ def test_where_nothing_is_guided_the_picture_says_why(open_page):
     says(page, "The sampler has no step to take")
     page.evaluate(SET, ["KSampler", "denoise", 1])
     page.evaluate(SET, ["KSampler", "cfg", 4])
-    says(page, "7 of 16 steps guided, 28 % fewer rows")
+    says(page, "7 of 16 steps guided, 28 % fewer network evaluations")
 
 
 SECOND = """() => {
@@ -310,7 +312,7 @@ def test_of_two_samplers_the_picture_names_the_one_it_shows(open_page):
     page.evaluate("() => comfyAPI.app.app.queuePrompt(0, 1)")
     page.wait_for_function("() => document.querySelector('.gi-live .ran').textContent.includes('\\n')", timeout=60000)
     lines = page.locator(".gi-live .ran").inner_text().split("\n")
-    rows, of = re.fullmatch(r"Last run: (\d+) rows.* \(sampler (\d+)\)", lines[0]).groups()
+    rows, of = re.fullmatch(r"Last run: (\d+) network evaluations.* \(sampler (\d+)\)", lines[0]).groups()
     assert (rows, of) == ("138", str(first))
     assert lines[1].endswith(f"(sampler {second})")
 

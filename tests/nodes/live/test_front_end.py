@@ -279,9 +279,9 @@ def say(context, **data):
 
 
 def test_the_line_says_steps_and_rows(english):
-    assert say(english, saved=31)["line"] == "3 of 8 steps guided, 31 % fewer rows"
-    assert say(english, saved=0)["line"] == "3 of 8 steps guided, no rows saved"
-    assert say(english, saved=-4)["line"] == "3 of 8 steps guided, 4 % more rows"
+    assert say(english, saved=31)["line"] == "3 of 8 steps guided, 31 % fewer network evaluations"
+    assert say(english, saved=0)["line"] == "3 of 8 steps guided, no network evaluations saved"
+    assert say(english, saved=-4)["line"] == "3 of 8 steps guided, 4 % more network evaluations"
     assert say(english)["line"] == "3 of 8 steps guided"
     assert say(english, error="no")["line"] == "no"
     assert say(english, error="KeyError: x", failed=True)["line"] == strings("en")["failed"]
@@ -302,11 +302,12 @@ def test_the_note_says_what_is_assumed(english):
     assert say(english)["edge"] == {"lo": "Lower bound", "hi": "Upper bound"}
     said = say(english, saved=31, bounds=[0.28123, None])
     assert said["alternative"] == (
-        "Noise level by step. 3 of 8 steps guided, 31 % fewer rows. Guided from sigma ∞ down to 0.281. euler, karras"
+        "Noise level by step. 3 of 8 steps guided, 31 % fewer network evaluations. "
+        "Guided from sigma ∞ down to 0.281. euler, karras"
     )
     assert "down to ∞" in say(english, bounds=[None, None])["alternative"]
     japanese = say(words("ja"), saved=31)
-    assert japanese["line"] == "8 ステップ中 3 ステップをガイド、計算行数 31% 減"
+    assert japanese["line"] == "8 ステップ中 3 ステップをガイド、ネットワークの評価回数 31% 減"
 
 
 def runs(context, *reports, shown="3"):
@@ -317,18 +318,18 @@ def runs(context, *reports, shown="3"):
 
 def test_a_run_is_said_with_the_sampler_that_made_it(english):
     report = {"rows": 138, "rows_cfg": 192, "seconds": 9.996, "seconds_cfg": 12.4, "sampler": "3", "prompt": "p"}
-    one = "Last run: 138 rows, 10.00 s. CFG everywhere: 192 rows (28 % saved), about 12 s"
+    one = "Last run: 138 network evaluations, 10.00 s. CFG everywhere: 192 (28 % saved), about 12 s"
     assert runs(english, report) == one
     assert runs(english, report | {"prompt": "q"}, report) == one
     assert runs(english, report, shown=None) == one  # Nothing is shown of a sampler.
     assert runs(english, report, shown="4") == f"{one} (sampler 3)"
     assert runs(english, report, report, report) == f"{one} (the last of 3 runs)"
     second = {"rows": 40, "rows_cfg": None, "seconds": 10.2, "seconds_cfg": None, "sampler": "12", "prompt": "p"}
-    both = f"{one} (sampler 3)\nLast run: 40 rows, 10 s (sampler 12)"
+    both = f"{one} (sampler 3)\nLast run: 40 network evaluations, 10 s (sampler 12)"
     assert runs(english, second, report) == runs(english, report, second) == both
     assert runs(english, second, report, shown="12") == "\n".join(reversed(both.split("\n")))
     assert runs(english, second, report | {"prompt": "q"}) == one  # Of the last prompt alone.
-    rows = "Last run: 138 rows, 10.00 s. CFG everywhere: 192 rows (28 % saved)"
+    rows = "Last run: 138 network evaluations, 10.00 s. CFG everywhere: 192 (28 % saved)"
     assert runs(english, report | {"seconds_cfg": None}) == rows
     old = {key: value for key, value in report.items() if key not in ("sampler", "prompt")}
     assert runs(english, old, old, shown=None) == one
@@ -337,9 +338,12 @@ def test_a_run_is_said_with_the_sampler_that_made_it(english):
 def test_a_run_that_was_left_as_it_is_is_said_with_the_reason(english, host):
     report = {"rows": 40, "rows_cfg": None, "seconds": 3, "seconds_cfg": None, "sampler": "3", "prompt": "p"}
     said = runs(english, report | {"left": ["past", "NAGCFGGuider"]})
-    assert said == "Last run: 40 rows, 3.00 s. Not limited: NAGCFGGuider evaluates the model in a way of its own"
-    assert "40 行、3.00 秒。cfg が 1 だった" in runs(words("ja"), report | {"left": ["cfg_one", ""]})
-    assert runs(english, report | {"left": ["new code", ""]}) == "Last run: 40 rows, 3.00 s. new code"
+    assert (
+        said
+        == "Last run: 40 network evaluations, 3.00 s. Not limited: NAGCFGGuider evaluates the model in a way of its own"
+    )
+    assert "評価 40 回、3.00 秒。cfg が 1 だった" in runs(words("ja"), report | {"left": ["cfg_one", ""]})
+    assert runs(english, report | {"left": ["new code", ""]}) == "Last run: 40 network evaluations, 3.00 s. new code"
     for language in ("en", "ja"):
         assert strings(language)["left"].keys() == harness.our_module(host, "model_patch").LEFT.keys()
 
@@ -442,7 +446,7 @@ def test_each_node_is_asked_about_and_shows_its_runs(looking):
     looking.eval("tell({ workflow: 'another' }); tell({ node: '8' })")
     assert run(looking, "return looked().ran") == [""]
     looking.eval("tell({}); tell({ workflow: 'w' })")  # A server that does not say which workflow means this one.
-    assert run(looking, "return looked().ran") == ["Last run: 9 rows, 1.00 s (the last of 2 runs)"]
+    assert run(looking, "return looked().ran") == ["Last run: 9 network evaluations, 1.00 s (the last of 2 runs)"]
 
 
 def test_from_afar_and_where_there_is_nothing_to_look_at(looking):
