@@ -503,6 +503,13 @@ def test_what_a_killed_writer_left_is_overwritten(tmp_path):
     assert (tmp_path / "file").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_ctrl_c_stops_in_the_middle_of_a_file_is_removed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(tmp_path / "file") as tmp:
+        tmp.write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
 def test_pictures_are_there_before_the_table_is_printed(monkeypatch, capsys, tmp_path, sizes):
     """A reader that leaves, or a standard output that is full, takes none of a minute's work away."""
     with open("/dev/full", "w", buffering=1) as full:

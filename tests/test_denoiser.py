@@ -295,6 +295,13 @@ def test_per_step_refuses_another_schedule_and_a_shorter_one(lab):
         run(recorder, lab, "heun", karras_sigmas(8)[1:])
 
 
+def test_per_step_follows_a_schedule_that_ends_above_0(lab):
+    sigmas = karras_sigmas(8)[:6]
+    recorder = Recorder(lab.denoiser, lambda inner: CFGDenoiser(inner, INTERVAL, sigmas=sigmas, per_step=True))
+    first = run(recorder, lab, "heun", sigmas)  # Heun's method evaluates where it ends, too.
+    assert recorder.denoiser.evaluations == 10 and torch.equal(run(recorder, lab, "heun", sigmas), first)
+
+
 def test_per_step_starts_afresh_after_any_run(lab):
     sigmas = karras_sigmas(8)
     recorder = Recorder(lab.denoiser, lambda inner: CFGDenoiser(inner, INTERVAL, sigmas=sigmas, per_step=True))

@@ -511,6 +511,14 @@ def test_an_unknown_web_ui_gets_one_message_and_no_parameters(host, said):
     assert torch.equal(samples(processed)[0], samples(stock)[0]) and processed.infotexts == [{}, {}]
 
 
+def test_noise_levels_that_cannot_be_read_are_told(host, monkeypatch):
+    _, stock = generate(host)
+    monkeypatch.setattr(host.script.patch, "noise_levels_of", lambda inner: inner.of_another_web_ui)
+    p, processed = generate(host, ON)
+    assert len(p.comments) == 1 and "noise levels cannot be read: AttributeError" in p.comments[0]
+    assert torch.equal(samples(processed), samples(stock)) and processed.infotexts == [{}]
+
+
 @pytest.mark.parametrize(
     ("accordion", "said"),
     [
@@ -695,6 +703,19 @@ def test_an_interrupted_comparison_shows_what_there_is(host, monkeypatch, at):
     _, processed = generate(host, script=[*ON[1:], True])
     assert len(rendered) == at
     assert len(processed.images) == (0 if at == 1 else at)  # A grid, and the columns.
+
+
+def test_a_comparison_interrupted_within_a_column_shows_the_rows_that_are_whole(host, monkeypatch):
+    sample, sampled = Sampler.sample, []
+
+    def interrupted(sampler, p, *args):
+        sampled.append(p)
+        host.shared.state.interrupted = len(sampled) >= 4  # After the warm-up and a column: at the first of the second.
+        return sample(sampler, p, *args)
+
+    monkeypatch.setattr(Sampler, "sample", interrupted)
+    _, processed = generate(host, script=[*ON[1:], True], n_iter=2)
+    assert len(sampled) == 4 and len(processed.images) == len(processed.infotexts) == 3  # A grid, one row of two.
 
 
 def test_a_comparison_whose_images_were_skipped_says_so(host, monkeypatch):
@@ -1073,6 +1094,15 @@ def forge_network(model):
         inner_model = property(lambda self: model)
 
     return Inner()
+
+
+def test_forges_hires_cfg_is_that_of_the_second_pass(host, told):
+    predictor = types.SimpleNamespace(sigmas=SIGMAS)
+    unet = types.SimpleNamespace(model=types.SimpleNamespace(predictor=predictor))
+    host.model.forge_objects = types.SimpleNamespace(unet=unet)
+    host.model.network = forge_network(host.model)
+    assert [one.uncond for one in told(**HIRES, hires_cfg_scale=1.0)] == [1, 0]
+    assert [one.uncond for one in told(**HIRES, cfg_scale=1.0, hires_cfg_scale=0.0)] == [0, 0], "as the first pass"
 
 
 CHANGES = {

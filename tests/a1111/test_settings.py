@@ -108,6 +108,7 @@ def test_open_ends_and_small_numbers_survive():
     for interval in (GuidanceInterval(), GuidanceInterval(1e-7, 80), GuidanceInterval(0.28)):
         assert st.parse_interval(st.format_interval(interval)) == interval
     assert st.format_interval(GuidanceInterval(1e-7, 80)) == "0.0000001-80"
+    assert st.format_interval(GuidanceInterval(10, 1e16)) == "10-10000000000000000"
     for text in (" (0.28-5.42] ", "0.28 - 5.42", "0.28\N{EN DASH}5.42"):
         assert st.parse_interval(text) == GuidanceInterval(0.28, 5.42)
     assert st.parse_interval("0.28-INF") == GuidanceInterval(0.28)

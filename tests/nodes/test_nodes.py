@@ -442,6 +442,15 @@ def test_a_cfg_that_another_node_sets_is_limited(host, before, outside):
     assert torch.equal(final, rows_of(limit(plain), cfg=7.5)[1])
 
 
+def test_a_function_before_cfg_does_not_act_outside(host):
+    plain = harness.tiny_model("sd15")
+    model = plain.clone()
+    model.set_model_sampler_pre_cfg_function(lambda args: [0.9 * out for out in args["conds_out"]])
+    nothing = node(host, "GuidanceInterval", model=model, sigma_lo=500.0, sigma_hi=1000.0)[0]
+    assert torch.equal(rows_of(nothing)[1], rows_of(plain, cfg=1.0)[1])
+    assert not torch.equal(rows_of(model)[1], rows_of(plain)[1])
+
+
 @pytest.mark.parametrize("outside", ["conditional only", "keep other patches"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_another_packs_wrapper_acts_at_every_step(host, before, outside):

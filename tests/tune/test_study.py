@@ -53,6 +53,8 @@ def test_what_is_suggested_is_an_interval_and_short_to_write(levels):
     backend.sigmas = None if levels is None else torch.tensor(levels)
     ranges = study.space(backend)
     assert all(0 < lo < hi < math.inf for lo, hi in ranges.values())
+    if levels is not None:  # A flow model begins at infinity, above which nothing is left to try.
+        assert ranges["sigma_hi"][1] == pytest.approx(1.01 * max(s for s in levels if s < math.inf))
     for seed in range(100):
         draw = random.Random(seed)
         values = {k: math.exp(draw.uniform(math.log(lo), math.log(hi))) for k, (lo, hi) in ranges.items()}

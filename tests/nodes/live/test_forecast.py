@@ -181,7 +181,7 @@ def test_steps_and_custom_samplers(host, live):
 
 
 def test_start_and_end_step(host, live):
-    for start, end, leftover in ((0, 4, "enable"), (2, 10000, "disable"), (1, 4, "disable")):
+    for start, end, leftover in ((0, 3, "enable"), (2, 10000, "disable"), (1, 4, "disable")):
         advanced = {"start_at_step": start, "end_at_step": end, "return_with_leftover_noise": leftover}
         prompt = prompt_of(**advanced, noise_seed=1, add_noise="enable")
         for name in ("denoise", "seed"):
@@ -190,11 +190,19 @@ def test_start_and_end_step(host, live):
         remembered(live, prompt, "sd15")
         drawn = chart(live, prompt)
         assert drawn["rows"] == rows_of_run(host, prompt, "sd15", "KSamplerAdvanced")
+        assert drawn["guided"] == drawn["evaluations_guided"]  # Not the level where it ends, guided or not.
         end = live.forecast.forecast(prompt, "2").levels[-1]
         assert (end > 0) == (leftover == "enable")  # What is left for a next stage.
     part = prompt_of(denoise=0.5)
     remembered(live, part, "sd15")
     assert chart(live, part)["rows"] == rows_of_run(host, part, "sd15")
+
+
+def test_a_stage_that_only_ends_in_the_interval_is_not_guided(live):
+    for end, guided in ((2, False), (3, True)):  # The levels are 14.6, 6.1, 2.2, ...; the interval begins at 5.42.
+        prompt = prompt_of(start_at_step=0, end_at_step=end, return_with_leftover_noise="enable")
+        prompt["3"]["class_type"] = "KSamplerAdvanced"
+        assert live.forecast.guides_a_stage(prompt) == guided
 
 
 def test_what_is_behind_the_interval_node(host, live):
@@ -279,6 +287,7 @@ def test_a_checkpoint_is_known_by_its_header(host, live, tmp_path, monkeypatch):
         unet = UNetModel(**sdxl, device="meta", operations=comfy.ops.disable_weight_init)
     write_header(tmp_path / "sdxl.safetensors", shapes(unet))
     write_header(tmp_path / "v.safetensors", shapes(unet), small=["v_pred", "ztsnr"])
+    write_header(tmp_path / "alone.safetensors", shapes(unet, prefix=""))  # As diffusion models are given away.
     assert (tmp_path / "sdxl.safetensors").stat().st_size > 5e9  # Of which a few kilobytes are written or read.
     (tmp_path / "old.ckpt").write_bytes(b"a pickle")
     (tmp_path / "broken.safetensors").write_bytes(bytes(40))
@@ -290,9 +299,10 @@ def test_a_checkpoint_is_known_by_its_header(host, live, tmp_path, monkeypatch):
         model = live.prompt_graph.Graph(prompt, "2").model(["2", 0], notes)
         return model.get_model_object("model_sampling"), notes
 
-    sampling, notes = of("sdxl.safetensors")
-    assert isinstance(sampling, ms.EPS) and not isinstance(sampling, ms.V_PREDICTION) and notes == []
-    assert float(sampling.sigma_max) == pytest.approx(14.61, abs=0.01)
+    for name in ("sdxl.safetensors", "alone.safetensors"):
+        sampling, notes = of(name)
+        assert isinstance(sampling, ms.EPS) and not isinstance(sampling, ms.V_PREDICTION) and notes == []
+        assert float(sampling.sigma_max) == pytest.approx(14.61, abs=0.01)
     sampling, notes = of("v.safetensors")
     assert isinstance(sampling, ms.V_PREDICTION) and notes == [] and float(sampling.sigma_max) > 1000
     for name in ("old.ckpt", "broken.safetensors", "absent.safetensors", "../../etc/passwd"):

@@ -172,6 +172,8 @@ def test_a_bypassed_node_hands_on_the_input_of_its_type(prompts):
     assert inputs(prompts, "chain({ mode: 4 })")["model"] == ["2", 0]
     same_slot = "chain({ mode: 4, inputs: [['first', 'MODEL'], MODEL] }, {}, [[1, 0, 3, 0]])"
     assert inputs(prompts, same_slot)["model"] == ["1", 0]
+    two = "mode: 4, inputs: [['first', 'MODEL'], MODEL], outputs: ['MODEL', 'MODEL']"
+    assert inputs(prompts, f"chain({{ {two} }}, {{}}, [[1, 0, 3, 0], [3, 1, 4, 0]])")["model"] == ["2", 0]
     any_slot = "chain({ mode: 4, inputs: [['first', '*'], MODEL] }, {}, [[1, 0, 3, 0]])"
     assert inputs(prompts, any_slot)["model"] == ["1", 0]
     assert inputs(prompts, "chain({ mode: 4, inputs: [['a', 'IMAGE'], ['b', 'VAE']] })") is None  # Cut off.

@@ -274,6 +274,12 @@ def test_one_node_before_two_samplers_says_which(live):
     assert ["samplers", "KSampler (Efficient) #3"] in notes(live, prompt)
 
 
+def test_the_comparison_replaces_the_interval_before_it(live):
+    prompt = prompt_with()
+    prompt["3"]["class_type"] = "GuidanceIntervalCompare"
+    assert notes(live, prompt) == [["replaced", "GuidanceIntervalCompare"]]
+
+
 def test_samplers_of_packs_are_read_as_the_hosts_and_said(live):
     prompt = prompt_with({"script": ["9", 0]}, n9=node("HighRes-Fix Script"))
     prompt["3"] |= {"class_type": "KSampler (Efficient)"}

@@ -285,6 +285,8 @@ def test_sizes_are_bounded(live):
     ksampler = node("KSampler", model=["2", 0], steps=900, cfg=4.0, sampler_name="euler", scheduler="normal")
     ksampler["inputs"]["denoise"] = 1e-7
     assert "1000 steps" in drawn(live, prompt_with(n3=ksampler))["error"]
+    ksampler["inputs"] |= {"steps": 20, "denoise": 0.01}  # The end of 2000, as an image is retouched.
+    assert drawn(live, prompt_with(n3=ksampler))["steps"] == 20
 
 
 def test_a_schedule_of_as_many_steps_as_are_drawn_goes_through_nodes(live):

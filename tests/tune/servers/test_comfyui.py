@@ -152,6 +152,19 @@ def test_a_job_that_never_ends_is_given_up(server, workflow, capsys):
     assert not images and "has made no progress for 0.4 s" in said and "out for good" in said
 
 
+def test_what_runs_for_others_is_not_interrupted(server, workflow):
+    interrupted = []
+
+    def interrupt(handler):
+        interrupted.append(json.loads(handler.body)["prompt_id"])
+        told({})(handler)
+
+    running = {"queue_running": [[0, "job-1", {}, {}, []], [1, "of-another", {}, {}, []]], "queue_pending": []}
+    server.broken |= {"history": told({}), "queue": told(running), "interrupt": interrupt}
+    assert "has made no progress" in render_comfy(server, workflow)[1]
+    assert set(interrupted) == {"job-1"}
+
+
 def test_two_jobs_of_one_number_are_not_taken_for_one(server, workflow):
     server.broken |= {"prompt": told({"prompt_id": "always"}), "history": told({})}
     assert "gives two jobs the number always" in render_comfy(server, workflow)[1]
@@ -226,6 +239,23 @@ def test_one_that_is_out_for_good_does_not_wait_for_one_that_is_away(server, wor
     threading.Thread(target=render, daemon=True).start()
     assert "no server answers any more" in said.get(timeout=ENDS)
     assert [bool(one.out) for one in backend.servers] == [True, False]
+    backend.close()
+
+
+def test_one_that_is_away_ends_nothing_while_another_works(server, workflow, monkeypatch):
+    """One server under two names: by the second one it goes away, by the first one it takes its time."""
+    monkeypatch.setattr(comfyui, "SILENCE", ENDS)
+    monkeypatch.setattr(comfyui, "ALONE", 0.1)
+    names, begin = (server.url, server.url.replace("127.0.0.1", "localhost")), time.monotonic()
+
+    def gone(part):
+        return lambda h: None if h.headers["Host"].startswith("localhost") else h.good(part, h.body)
+
+    server.broken |= {"prompt": gone("prompt"), "queue": gone("queue")}
+    server.broken["history"] = lambda h: told({})(h) if time.monotonic() - begin < 2.5 else h.good("history", b"")
+    backend = comfyui.Comfy(workflow, names, limits=SMALL)
+    assert len(list(backend.render([Job(CONDITIONAL, "a dog", i) for i in range(2)]))) == 2
+    assert [one.away for one in backend.servers] == [False, True]
     backend.close()
 
 
