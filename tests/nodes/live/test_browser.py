@@ -382,4 +382,4 @@ def test_touch(server, chromium, open_page):
 def test_japanese(open_page):
     page = open_page(**{"Comfy.Locale": "ja"})
     load(page, load_workflow("02_drag_it"))
-    says(page, "16 ステップ中 7 ステップをガイド、計算行数 28% 減")
+    says(page, "16 ステップ中 7 ステップをガイド、ネットワークの評価回数 28% 減")
