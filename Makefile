@@ -17,7 +17,7 @@ results: $(VENV)/for-lab
 	$(RUN) -m guidance_interval results $(ARGS)
 
 test: $(VENV)/for-tests
-	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The quick loop of a developer: the method, what is written and read, the nodes' patch.
 test-quick: $(VENV)/for-tests
