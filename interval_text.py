@@ -21,16 +21,14 @@ FIRST_PASS = "First pass only"
 INTERVAL_KEY = "Guidance interval"
 PASSES_KEY = "Guidance interval passes"
 
-# ComfyUI's nodes. Those that patch a model stand first.
+# ComfyUI's nodes, as prompts name them. Those that patch a model stand first.
 SIGMA_NODE = "GuidanceInterval"
 PERCENT_NODE = "GuidanceIntervalPercent"
 STEPS_NODE = "GuidanceIntervalSteps"
 PRESET_NODE = "GuidanceIntervalPreset"
 GUIDER_NODE = "GuidanceIntervalGuider"
-SCHEDULE_NODE = "GuidanceIntervalSchedule"
 COMPARE_NODE = "GuidanceIntervalCompare"
 DEMO_MODEL_NODE = "GuidanceIntervalDemoModel"
-DEMO_PROMPT_NODE = "GuidanceIntervalDemoPrompt"
 PATCH_NODES = (SIGMA_NODE, PERCENT_NODE, STEPS_NODE, PRESET_NODE)
 LIMITING_NODES = (*PATCH_NODES, GUIDER_NODE)
 # Where its server is asked what a prompt's run will be.
